@@ -1,0 +1,62 @@
+# make demo | test | lint | soak | bench: each sets up .venv first; nothing else is needed but Python 3.10+, gcc and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# An unpinned torch pulls gigabytes of CUDA libraries; where there is no GPU the CPU build is enough.
+TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+# Workers that spin after each parallel region starve the other process on a small machine (docs: tuning).
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test test-c lint format soak bench wheel clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -U pip
+
+$(VENV)/.deps: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install -q --disable-pip-version-check scikit-build-core cython cmake ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.deps pyproject.toml CMakeLists.txt $(wildcard csrc/* src/tsqp/*.pyx src/tsqp/*.pxd)
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation \
+	  --config-settings=cmake.define.TSQP_WERROR=ON -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/tsqp demo
+
+test: $(VENV)/.installed test-c
+	$(BIN)/python -m pytest -q -m 'not soak'
+
+# The C core alone: units under ASan+UBSan, the two-thread ring stress under TSan.
+test-c: $(VENV)/.deps
+	$(BIN)/python tests/c/run.py
+
+soak: $(VENV)/.installed
+	$(BIN)/python tests/c/run.py --soak
+	$(BIN)/python -m pytest -q -m soak
+
+lint: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]' --no-build-isolation \
+	  --config-settings=cmake.define.TSQP_WERROR=ON
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h tests/c/*.c
+	$(BIN)/mypy
+
+format:
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/clang-format -i csrc/*.c csrc/*.h tests/c/*.c
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check 'iceoryx2>=0.8'
+	$(BIN)/python -m benchmarks.transport
+
+wheel: $(VENV)/.deps
+	$(BIN)/pip wheel --no-deps -w dist .
+
+clean:
+	rm -rf build dist .venv

@@ -1,0 +1,203 @@
+/* tsqp.h: the C core's interface. It knows no Python.
+ *
+ * Every function returns 0 or a count, or one of the negative codes below; what an out-parameter points to is
+ * written only on success. Ownership: segments and buffers are counted (retain/release); a ring belongs to
+ * whoever opened it and keeps its segment alive. One thread at a time per ring.
+ */
+#ifndef TSQP_H
+#define TSQP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "layout.h"
+
+enum tsqp_code {
+    TSQP_OK = 0,
+    /* waits */
+    TSQP_AGAIN = -1,       /* the slice passed; look at signals and the peer, then call again */
+    TSQP_INTERRUPTED = -2, /* a signal arrived */
+    TSQP_PEER_CLOSED = -3, /* the peer closed and nothing is left to read */
+    TSQP_CLOSED = -4,      /* this end is closed */
+    TSQP_CORRUPTED = -5,   /* a flag word, slot number or length the protocol forbids */
+    TSQP_USAGE = -6,       /* called against the contract */
+    /* segments */
+    TSQP_ERRNO = -10,     /* see errno */
+    TSQP_NOT_FOUND = -11, /* no such segment */
+    TSQP_EXISTS = -12,
+    TSQP_PERMISSION = -13,
+    TSQP_FULL = -14,      /* no space for the segment */
+    TSQP_BAD_MAGIC = -15, /* not a tsqp segment / message */
+    TSQP_BAD_VERSION = -16,
+    TSQP_BAD_GEOMETRY = -17,
+    TSQP_TRUNCATED = -18,
+    TSQP_NO_MEMORY = -19,
+    TSQP_BAD_NAME = -20,
+    TSQP_BAD_SESSION = -21,
+    TSQP_ATTACHED = -22, /* the segment's second end is taken */
+    /* messages */
+    TSQP_TOO_LARGE = -30,
+    TSQP_BAD_DTYPE = -31,
+    TSQP_BAD_RANK = -32,
+    TSQP_BAD_SHAPE = -33,
+    TSQP_BAD_NBYTES = -34,
+    TSQP_BAD_OFFSET = -35,
+    TSQP_TOO_MANY_TENSORS = -36,
+    TSQP_BAD_META = -37,
+    TSQP_BAD_RESERVED = -38,
+    TSQP_BAD_TOTAL = -39,
+};
+
+/* ---- segment (shm.c) ---- */
+
+struct tsqp_geometry {
+    uint64_t max_chunk_bytes; /* 64 .. 2^40 */
+    uint64_t max_chunks;      /* 1 .. 1024 */
+    uint64_t ring_count;      /* 1 or 2 */
+};
+
+#define TSQP_NAME_BYTES 64
+
+struct tsqp_segment; /* a mapping; counted */
+
+struct tsqp_owner {
+    uint64_t pid, start, pidns;
+    uint64_t segment_bytes; /* of the file */
+    bool locked;            /* the creator lives */
+};
+
+/* Checked: returns 0 where the geometry is out of range or overflows. */
+uint64_t tsqp_segment_bytes(const struct tsqp_geometry *geometry);
+/* `name` NULL picks a random one. Space is reserved before the first store, so that a full file system is
+ * TSQP_FULL here and never a SIGBUS later. */
+int tsqp_segment_create(const struct tsqp_geometry *geometry, const char *name, struct tsqp_segment **out);
+/* `session` NULL skips the session check. The length comes from `geometry` (the handshake), never from fstat,
+ * whose answer is stale inside Gramine; where fstat sees a regular file that is too short: TSQP_TRUNCATED. */
+int tsqp_segment_attach(const struct tsqp_geometry *geometry, const char *name, const uint64_t session[2],
+                        struct tsqp_segment **out);
+void tsqp_segment_retain(struct tsqp_segment *segment);
+void tsqp_segment_release(struct tsqp_segment *segment); /* unmaps after the last; the creator unlinks */
+int tsqp_segment_unlink(struct tsqp_segment *segment);   /* once; later calls do nothing */
+const char *tsqp_segment_name(const struct tsqp_segment *segment);
+void tsqp_segment_session(const struct tsqp_segment *segment, uint64_t out[2]);
+uint64_t tsqp_segment_length(const struct tsqp_segment *segment);
+void tsqp_segment_close_end(struct tsqp_segment *segment); /* sets this end's closed word */
+bool tsqp_segment_peer_closed(struct tsqp_segment *segment);
+void tsqp_segment_beat(struct tsqp_segment *segment);
+uint64_t tsqp_segment_peer_heartbeat(struct tsqp_segment *segment);
+/* 1: the peer holds its lock; 0: it attached with a lock and holds it no more (dead, unless it closed); -1:
+ * can't be told (not attached yet, inside an enclave, file system without locks). The kernel drops the lock
+ * with the process, whatever killed it and in whatever pid namespace it lived. */
+int tsqp_segment_peer_locked(struct tsqp_segment *segment);
+void tsqp_segment_forget_after_fork(struct tsqp_segment *segment); /* child: drop the inherited descriptor */
+
+const char *tsqp_shm_directory(void);
+int tsqp_process_start(uint64_t pid, uint64_t *start); /* TSQP_NOT_FOUND: no such process */
+uint64_t tsqp_pid_namespace(void);
+/* Reads who owns the segment file `name`, for the reaper. */
+int tsqp_segment_owner(const char *name, struct tsqp_owner *out);
+
+/* ---- waiting (wait.c) ---- */
+
+enum tsqp_wait_mode {
+    TSQP_WAIT_AUTO = 0, /* spin a little while that pays, yield, block */
+    TSQP_WAIT_SPIN = 1, /* never leave the core */
+    TSQP_WAIT_BLOCK = 2,
+    TSQP_WAIT_POLL = 3, /* no futex: spin, yield, short sleeps (what an enclave can do) */
+};
+
+struct tsqp_waiter {
+    enum tsqp_wait_mode mode;
+    uint64_t spin_max_ns;
+    uint64_t spin_ns; /* what spinning is worth now; learns */
+    uint64_t sleep_ns;
+    bool futex; /* both ends are native Linux */
+};
+
+/* One word to watch: ready when it differs from `idle`. */
+struct tsqp_watch {
+    uint64_t *word;
+    uint64_t idle;
+    uint64_t *waiting; /* the word the publisher looks at before it wakes */
+    uint64_t *closed;  /* ends the wait with TSQP_AGAIN when not 0; NULL: nobody to close */
+};
+
+void tsqp_waiter_init(struct tsqp_waiter *waiter, enum tsqp_wait_mode mode, uint64_t spin_ns, bool futex);
+/* Waits until a watched word is ready, at most `slice_ns`. 0 ready, TSQP_AGAIN, TSQP_INTERRUPTED. */
+int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t slice_ns);
+void tsqp_wake(uint64_t *word, uint64_t *waiting, bool futex);
+uint64_t tsqp_now_ns(void); /* CLOCK_MONOTONIC */
+
+/* A private word that other threads of this process ring to end a wait. */
+struct tsqp_doorbell {
+    uint64_t count, waiting;
+};
+void tsqp_doorbell_ring(struct tsqp_doorbell *bell);
+
+/* ---- ring (ring.c) ---- */
+
+struct tsqp_ring;
+
+enum tsqp_role { TSQP_PRODUCER, TSQP_CONSUMER };
+
+struct tsqp_slot {
+    uint8_t *data;   /* shared memory, page-aligned */
+    uint64_t nbytes; /* capacity when writing, the message's length when reading; a private copy */
+    uint64_t ticket; /* names the entry for publish, release */
+};
+
+int tsqp_ring_open(struct tsqp_segment *segment, unsigned index, enum tsqp_role role, struct tsqp_ring **out);
+void tsqp_ring_close(struct tsqp_ring *ring); /* frees; does not close the end */
+struct tsqp_waiter *tsqp_ring_waiter(struct tsqp_ring *ring);
+/* What to wait for before the next acquire can succeed. */
+struct tsqp_watch tsqp_ring_watch(struct tsqp_ring *ring);
+/* Not blocking: 0, TSQP_AGAIN, TSQP_CORRUPTED, TSQP_PEER_CLOSED, TSQP_USAGE. */
+int tsqp_ring_try_write(struct tsqp_ring *ring, struct tsqp_slot *out);
+int tsqp_ring_try_read(struct tsqp_ring *ring, struct tsqp_slot *out);
+int tsqp_ring_publish(struct tsqp_ring *ring, const struct tsqp_slot *slot, uint64_t nbytes);
+int tsqp_ring_cancel(struct tsqp_ring *ring, const struct tsqp_slot *slot);  /* nothing is published */
+int tsqp_ring_release(struct tsqp_ring *ring, const struct tsqp_slot *slot); /* in any order */
+uint64_t tsqp_ring_free_slots(struct tsqp_ring *ring); /* producer: how many writes would not wait */
+void tsqp_ring_wake_peer(struct tsqp_ring *ring);
+
+/* ---- messages (codec.c): private memory only ---- */
+
+struct tsqp_message {
+    struct tsqp_message_header header;
+    struct tsqp_tensor_desc tensors[TSQP_MAX_TENSORS];
+};
+
+uint32_t tsqp_dtype_itemsize(unsigned dtype); /* 0: unknown */
+/* Fills header.{magic,version,...,total_bytes} and each tensor's nbytes and offset from dtype, ndim and
+ * shape. */
+int tsqp_message_plan(struct tsqp_message *message);
+/* Bytes before the payload: header, descriptors and meta, padded to 64. */
+uint64_t tsqp_message_head_bytes(const struct tsqp_message_header *header);
+/* Writes header, descriptors and meta to `dst` (head_bytes long, private). */
+void tsqp_message_write_head(const struct tsqp_message *message, const void *meta, void *dst);
+/* Validates a private copy of a header against the bytes that are there. */
+int tsqp_message_check_header(const struct tsqp_message_header *header, uint64_t available_bytes);
+/* Validates private copies of the descriptors; the only accepted layout is the one tsqp_message_plan makes.
+ */
+int tsqp_message_check_tensors(const struct tsqp_message *message);
+
+/* ---- private result memory (pool.c) and DLPack tensors on it (tensor.c) ---- */
+
+struct tsqp_buffer; /* counted, 64-byte aligned */
+
+struct tsqp_buffer *tsqp_buffer_new(uint64_t nbytes); /* NULL: no memory */
+void *tsqp_buffer_data(struct tsqp_buffer *buffer);
+void tsqp_buffer_release(struct tsqp_buffer *buffer);
+void tsqp_pool_limit(uint64_t nbytes); /* how much freed memory is kept for reuse */
+void tsqp_pool_trim(void);
+uint64_t tsqp_pool_idle_bytes(void);
+
+struct DLManagedTensor;
+/* A tensor over `data` that releases its owner (a buffer or a segment; one of them NULL) when the consumer is
+ * done with it. Takes over the caller's reference on the owner, also on failure. */
+struct DLManagedTensor *tsqp_tensor_new(const struct tsqp_tensor_desc *desc, void *data,
+                                        struct tsqp_buffer *buffer, struct tsqp_segment *segment);
+void tsqp_tensor_delete(struct DLManagedTensor *tensor);
+
+#endif

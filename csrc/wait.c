@@ -1,0 +1,212 @@
+/* wait.c: spin while that pays, then yield, then block. Every wait is cut into slices by its caller, who
+ * looks at signals and the peer between them. */
+#include "access.h"
+#include "tsqp.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <time.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifndef SYS_futex_waitv
+#define SYS_futex_waitv 449
+#endif
+#endif
+
+#define SPIN_MIN_NS UINT64_C(1000)
+#define SPINS_PER_CLOCK_READ 32
+#define YIELDS 8
+#define POLL_YIELDS 200 /* measured to be right inside Gramine, where a sleep leaves the enclave */
+#define SLEEP_MIN_NS UINT64_C(50000)
+#define SLEEP_MAX_NS UINT64_C(1000000)
+#define MAX_FUTEXES 128
+
+static inline void cpu_relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+uint64_t tsqp_now_ns(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * UINT64_C(1000000000) + (uint64_t)ts.tv_nsec;
+}
+
+void tsqp_waiter_init(struct tsqp_waiter *waiter, enum tsqp_wait_mode mode, uint64_t spin_ns, bool futex) {
+#ifndef __linux__
+    futex = false;
+#endif
+    waiter->mode = mode == TSQP_WAIT_AUTO && !futex ? TSQP_WAIT_POLL : mode;
+    waiter->spin_max_ns = spin_ns;
+    waiter->spin_ns = spin_ns;
+    waiter->sleep_ns = SLEEP_MIN_NS;
+    waiter->futex = futex && waiter->mode != TSQP_WAIT_POLL;
+}
+
+/* SYNC: acquire pairs with tsqp_publish of the word; what the publisher wrote before it is visible after. */
+static bool any_ready(const struct tsqp_watch *watches, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (tsqp_load_acquire(watches[i].word) != watches[i].idle)
+            return true;
+    return false;
+}
+
+static bool any_closed(const struct tsqp_watch *watches, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (watches[i].closed && tsqp_load_acquire(watches[i].closed) != 0)
+            return true;
+    return false;
+}
+
+static bool spin(const struct tsqp_watch *watches, size_t count, uint64_t start, uint64_t budget_ns) {
+    do {
+        for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
+            if (any_ready(watches, count))
+                return true;
+            cpu_relax();
+        }
+    } while (tsqp_now_ns() - start < budget_ns);
+    return false;
+}
+
+/* Spinning is worth its core only while the peer answers within spin_max: a wait that ended in time doubles
+ * the budget, one that did not halves it. */
+static void learn(struct tsqp_waiter *waiter, uint64_t waited_ns) {
+    uint64_t budget = waiter->spin_ns;
+    budget = waited_ns <= waiter->spin_max_ns ? budget * 2 : budget / 2;
+    if (budget < SPIN_MIN_NS)
+        budget = SPIN_MIN_NS;
+    waiter->spin_ns = budget > waiter->spin_max_ns ? waiter->spin_max_ns : budget;
+}
+
+static int sleep_ns(uint64_t ns) {
+    struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+    return nanosleep(&ts, NULL) == 0 ? TSQP_OK : TSQP_INTERRUPTED;
+}
+
+/* Short sleeps that grow while nothing happens: an idle end uses next to no CPU. */
+static int poll_once(struct tsqp_waiter *waiter, uint64_t left_ns) {
+    uint64_t ns = waiter->sleep_ns < left_ns ? waiter->sleep_ns : left_ns;
+    if (waiter->sleep_ns < SLEEP_MAX_NS)
+        waiter->sleep_ns += waiter->sleep_ns / 16;
+    return sleep_ns(ns);
+}
+
+#ifdef __linux__
+static int futex_one(const struct tsqp_watch *watch, uint64_t left_ns) {
+    struct timespec ts = {.tv_sec = (time_t)(left_ns / 1000000000u),
+                          .tv_nsec = (long)(left_ns % 1000000000u)};
+    /* The futex is the low half of the word; little-endian puts it first. */
+    long rc = syscall(SYS_futex, watch->word, FUTEX_WAIT, (uint32_t)watch->idle, &ts, NULL, 0);
+    return rc == -1 && errno == EINTR ? TSQP_INTERRUPTED : TSQP_OK;
+}
+
+static int futex_many(const struct tsqp_watch *watches, size_t count, uint64_t left_ns, bool *unsupported) {
+    struct {
+        uint64_t val, uaddr;
+        uint32_t flags, reserved;
+    } vec[MAX_FUTEXES];
+    for (size_t i = 0; i < count; i++) {
+        vec[i].val = (uint32_t)watches[i].idle;
+        vec[i].uaddr = (uint64_t)(uintptr_t)watches[i].word;
+        vec[i].flags = 2; /* FUTEX2_SIZE_U32, shared */
+        vec[i].reserved = 0;
+    }
+    uint64_t until = tsqp_now_ns() + left_ns;
+    struct timespec ts = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+    long rc = syscall(SYS_futex_waitv, vec, (unsigned)count, 0u, &ts, CLOCK_MONOTONIC);
+    *unsupported = rc == -1 && errno == ENOSYS;
+    return rc == -1 && errno == EINTR ? TSQP_INTERRUPTED : TSQP_OK;
+}
+#endif
+
+static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count,
+                      uint64_t left_ns) {
+#ifdef __linux__
+    if (waiter->futex && count <= MAX_FUTEXES) {
+        bool unsupported = false;
+        for (size_t i = 0; i < count; i++)
+            tsqp_store_seq_cst(watches[i].waiting, 1);
+        int rc = TSQP_OK;
+        if (count == 1)
+            rc = futex_one(&watches[0], left_ns);
+        else
+            rc = futex_many(watches, count, left_ns, &unsupported);
+        /* Whoever does not sleep any more saves the publisher a system call. */
+        for (size_t i = 0; i < count; i++)
+            tsqp_store_relaxed(watches[i].waiting, 0);
+        if (!unsupported)
+            return rc;
+        waiter->futex = false;
+    }
+#endif
+    (void)watches;
+    (void)count;
+    return poll_once(waiter, left_ns);
+}
+
+static bool spin_and_yield(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count,
+                           uint64_t start, uint64_t slice_ns) {
+    uint64_t spin_ns = waiter->spin_ns;
+    if (waiter->mode == TSQP_WAIT_SPIN)
+        spin_ns = slice_ns;
+    else if (waiter->mode == TSQP_WAIT_BLOCK)
+        spin_ns = 0;
+    if (spin(watches, count, start, spin_ns < slice_ns ? spin_ns : slice_ns))
+        return true;
+    if (waiter->mode == TSQP_WAIT_SPIN)
+        return false;
+    int yields = waiter->mode == TSQP_WAIT_POLL ? POLL_YIELDS : YIELDS;
+    for (int i = 0; i < yields; i++) {
+        sched_yield();
+        if (any_ready(watches, count))
+            return true;
+    }
+    return false;
+}
+
+int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t slice_ns) {
+    uint64_t start = tsqp_now_ns();
+    uint64_t waited = 0;
+    int rc = TSQP_OK;
+    bool ready = spin_and_yield(waiter, watches, count, start, slice_ns);
+    while (!ready) {
+        waited = tsqp_now_ns() - start;
+        if (waited >= slice_ns || rc != TSQP_OK || any_closed(watches, count))
+            break;
+        rc = block_once(waiter, watches, count, slice_ns - waited);
+        ready = any_ready(watches, count);
+    }
+    if (ready) {
+        waiter->sleep_ns = SLEEP_MIN_NS;
+        waited = tsqp_now_ns() - start;
+    }
+    learn(waiter, waited);
+    if (ready)
+        return TSQP_OK;
+    return rc != TSQP_OK ? rc : TSQP_AGAIN;
+}
+
+/* `waiting` is a hint a hostile peer may hold at 1: the cost is one system call a message. */
+void tsqp_wake(uint64_t *word, uint64_t *waiting, bool futex) {
+#ifdef __linux__
+    if (futex && tsqp_load_seq_cst(waiting) != 0)
+        syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+#else
+    (void)word;
+    (void)waiting;
+    (void)futex;
+#endif
+}
+
+void tsqp_doorbell_ring(struct tsqp_doorbell *bell) {
+    atomic_fetch_add_explicit(tsqp_shared(&bell->count), 1, memory_order_seq_cst);
+    tsqp_wake(&bell->count, &bell->waiting, true);
+}

@@ -1,0 +1,33 @@
+from ._core cimport tsqp_ring, tsqp_segment, tsqp_slot, tsqp_watch
+from libc.stdint cimport uint64_t
+
+
+cdef int check(int rc, object what) except -1
+
+
+cdef class Segment:
+    cdef tsqp_segment *ptr
+    cdef object __weakref__
+    cdef readonly uint64_t max_chunk_bytes
+    cdef readonly uint64_t max_chunks
+    cdef readonly unsigned ring_count
+    cdef readonly bint is_creator
+    cdef uint64_t beat_seen
+    cdef uint64_t beat_at
+    cdef int usable(self) except -1
+    cdef note_heartbeat(self)
+
+
+cdef class Ring:
+    cdef tsqp_ring *ptr
+    cdef readonly Segment segment
+    cdef readonly bint is_producer
+    cdef public object liveness
+    cdef bint closed
+    cdef int acquire(self, tsqp_slot *slot, uint64_t deadline_ns) except -1
+    cdef int try_acquire(self, tsqp_slot *slot) except -2
+    cdef int check_peer(self) except -1
+    cdef bint has_message(self)
+
+
+cdef uint64_t deadline_of(object timeout) except? 0
