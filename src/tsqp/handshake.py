@@ -1,0 +1,101 @@
+"""What client and server say to each other before the first message, and the first frame of every later one.
+
+A ZeroMQ message is ``[kind + sequence][...]``. The handshake is HELLO (client), WELCOME or REFUSE (server),
+READY (client); its bodies are small msgpack maps. Every field is checked for type and range on receipt.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+import msgpack
+
+from .errors import ProtocolError
+
+PROTOCOL = 1
+HELLO, WELCOME, REFUSE, READY, MESSAGE, BYE = b"HWERMB"
+_ENVELOPE = struct.Struct("<BQ")
+_MAX_BODY_BYTES = 4096
+
+
+def envelope(kind: int, sequence: int = 0) -> bytes:
+    """The first frame: one byte of kind and, for messages, their sequence number on this link."""
+    return _ENVELOPE.pack(kind, sequence)
+
+
+def open_envelope(frame: bytes | memoryview) -> tuple[int, int]:
+    """``(kind, sequence)`` of a first frame. Raises :class:`ProtocolError`."""
+    if len(frame) != _ENVELOPE.size:
+        raise ProtocolError(f"an envelope has {_ENVELOPE.size} bytes, not {len(frame)}; the peer speaks something else")
+    kind, sequence = _ENVELOPE.unpack(frame)
+    return kind, sequence
+
+
+def in_gramine() -> bool:
+    """True inside a Gramine enclave or gramine-direct, where futexes and ipc:// do not reach the host."""
+    return os.path.exists("/dev/attestation") or os.environ.get("TSQP_ENCLAVE") == "gramine"
+
+
+def futex_works() -> bool:
+    """Whether this process can wake, and be woken by, another process of this host through a futex."""
+    return sys.platform.startswith("linux") and not in_gramine()
+
+
+@dataclass(frozen=True)
+class Hello:
+    protocol: int
+    shm: bool  # the client can map the host's shared memory
+    futex: bool
+
+
+@dataclass(frozen=True)
+class Welcome:
+    protocol: int
+    shm: bool
+    futex: bool  # both ends can
+    name: str = ""
+    session: bytes = b""
+    max_chunk_bytes: int = 0
+    max_chunks: int = 0
+
+
+@dataclass(frozen=True)
+class Ready:
+    shm: bool  # the client has mapped the segment
+    native: bool  # its name is not needed any more
+
+
+@dataclass(frozen=True)
+class Refuse:
+    reason: str
+
+
+Body = TypeVar("Body", Hello, Welcome, Ready, Refuse)
+_TYPES = {"int": int, "bool": bool, "str": str, "bytes": bytes}
+
+
+def pack(body: Hello | Welcome | Ready | Refuse) -> bytes:
+    """A handshake body as msgpack."""
+    return msgpack.packb(asdict(body))
+
+
+def unpack(kind: type[Body], data: bytes) -> Body:
+    """A body of the dataclass `kind`; unknown or missing fields and wrong types are a :class:`ProtocolError`."""
+    if len(data) > _MAX_BODY_BYTES:
+        raise ProtocolError(f"a handshake of {len(data)} bytes is over the limit of {_MAX_BODY_BYTES}")
+    try:
+        body = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError):
+        raise ProtocolError("the peer's handshake is no valid msgpack; it speaks something else") from None
+    names = {field.name: field.type for field in fields(kind)}
+    if not isinstance(body, Mapping) or set(body) != set(names):
+        raise ProtocolError(f"the peer's {kind.__name__} has other fields; use one version of tsqp at both ends")
+    for name, type_name in names.items():
+        if type(body[name]) is not _TYPES[str(type_name)]:
+            raise ProtocolError(f"the peer's {kind.__name__}.{name} is no {type_name}")
+    return kind(**body)

@@ -1,0 +1,293 @@
+"""The ZeroMQ side of one channel: the control connection, and the carrier of large messages.
+
+A link sends and receives ``(sequence, head, frames)`` and knows whether the peer is still connected. The client
+owns a DEALER socket; the server's links share the listener's ROUTER, which its I/O thread owns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from . import handshake as hs
+from .errors import ClosedError, PeerDiedError, ProtocolError, WaitTimeoutError
+
+#: Waits are cut into slices of this many seconds; signals and the peer are looked at between them.
+SLICE_S = 0.1
+#: One frame of a peer may not be larger; libzmq drops a connection that tries.
+MAX_FRAME_BYTES = 4 << 30
+#: A copy is cheaper than the bookkeeping of a borrowed buffer below this size.
+_COPY_BYTES = 1 << 16
+_FAREWELL_MS = 500
+
+LargeMessage = tuple[int, Any, list[Any]]
+
+
+class Link(Protocol):
+    """What a channel needs of its ZeroMQ side."""
+
+    def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
+        """Sends one message; unless `transfer`, returns only when the frames' memory is not needed any more."""
+
+    def recv(self, deadline: float) -> LargeMessage | None:
+        """The next message, or None when `deadline` (time.monotonic seconds) passed."""
+
+    def pending(self) -> bool: ...
+    def dead(self) -> str | None: ...
+    def can_send(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+def slice_until(deadline: float) -> float:
+    """Seconds to wait now: a slice, or what is left before `deadline`."""
+    return max(0.0, min(SLICE_S, deadline - time.monotonic()))
+
+
+def wait_sent(tracker: zmq.MessageTracker, deadline: float, dead: Callable[[], str | None]) -> None:
+    """Waits until libzmq is done with borrowed memory: only then may the caller change it."""
+    while not tracker.done:
+        try:
+            tracker.wait(slice_until(deadline))
+        except zmq.NotDone:
+            reason = dead()
+            if reason:
+                raise PeerDiedError(f"the peer died during a transfer: {reason}") from None
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError(
+                    "a large message was not taken by the peer before the deadline; it stays queued: do not change "
+                    "its tensors, and wait longer"
+                ) from None
+
+
+def multipart(prefix: Sequence[bytes], head: bytes, frames: Sequence[Any]) -> list[Any]:
+    """The frames of a message; small ones are copied, large ones borrow their memory."""
+    large = [zmq.Frame(f, copy=False, track=True) if len(f) >= _COPY_BYTES else bytes(f) for f in frames]
+    return [*prefix, head, *large]
+
+
+def trackers(parts: Sequence[Any]) -> zmq.MessageTracker:
+    """One tracker over every borrowed frame of `parts`."""
+    return zmq.MessageTracker(*[p.tracker for p in parts if isinstance(p, zmq.Frame)])
+
+
+class ClientLink:
+    """The client's DEALER socket. One lock: the calling threads use the socket themselves, there is no I/O thread."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._lock = threading.RLock()
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._reason: str | None = None
+        self._inbox: deque[LargeMessage] = deque()
+        self._closed = False
+        self._socket.connect(endpoint)
+
+    def say(self, kind: int, body: bytes) -> None:
+        """Sends a handshake message."""
+        with self._lock:
+            self._socket.send_multipart([hs.envelope(kind), body])
+
+    def hear(self, deadline: float) -> tuple[int, bytes] | None:
+        """The next handshake message, or None at `deadline`."""
+        while True:
+            if self._socket.poll(int(slice_until(deadline) * 1000)):
+                parts = self._socket.recv_multipart()
+                kind, _ = hs.open_envelope(parts[0])
+                if len(parts) != 2:
+                    raise ProtocolError("a handshake message has two frames; the peer speaks something else")
+                return kind, parts[1]
+            if time.monotonic() >= deadline:
+                return None
+
+    def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
+        parts = multipart([hs.envelope(hs.MESSAGE, sequence)], head, frames)
+        while True:
+            with self._lock:
+                self._check_open()
+                try:
+                    self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
+                    break
+                except zmq.Again:
+                    reason = self.dead()
+            if reason:
+                raise PeerDiedError(f"the server died: {reason}")
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError("the server takes no more large messages; wait longer or look at the server")
+            time.sleep(0.001)
+        tracker = trackers(parts)
+        parts.clear()  # a frame object of ours would itself keep the memory in use
+        if not transfer:
+            wait_sent(tracker, deadline, self.dead)
+
+    def recv(self, deadline: float) -> LargeMessage | None:
+        while True:
+            with self._lock:
+                self._check_open()
+                self._pump()
+                if self._inbox:
+                    return self._inbox.popleft()
+                reason = self.dead()
+            if reason:
+                raise PeerDiedError(f"the server died: {reason}")
+            if time.monotonic() >= deadline:
+                return None
+            # Polling outside the lock: another thread may send meanwhile.
+            self._poll(slice_until(deadline))
+
+    def _poll(self, seconds: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        poller.poll(max(1, int(seconds * 1000)))
+
+    def _pump(self) -> None:
+        """Takes what libzmq has received; never blocks."""
+        while True:
+            try:
+                parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            kind, sequence = hs.open_envelope(parts[0].buffer)
+            if kind == hs.BYE:
+                raise ClosedError("the server closed the connection; connect again to go on")
+            if kind != hs.MESSAGE or len(parts) < 2:
+                raise ProtocolError("the server sent something that is neither a message nor a goodbye")
+            self._inbox.append((sequence, parts[1], parts[2:]))
+
+    def pending(self) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            self._pump()
+            return bool(self._inbox)
+
+    def dead(self) -> str | None:
+        """Why the server is known to be gone, or None. Cheap enough for every slice of a wait."""
+        with self._lock:
+            while self._reason is None and not self._closed and self._monitor.poll(0):
+                recv_monitor_message(self._monitor)
+                self._reason = "its end of the control connection was closed"
+            return self._reason
+
+    def can_send(self) -> bool:
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this channel is closed; connect again")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close(0 if self._reason else _FAREWELL_MS)
+        self._context.term()
+
+
+class ServerLink:
+    """One client's share of the listener's ROUTER. Filled and emptied by the listener's I/O thread."""
+
+    def __init__(self, identity: bytes, post: Callable[[ServerLink, list[Any]], None], max_inbox_bytes: int) -> None:
+        self.identity = identity
+        self.reason: str | None = None
+        self.said_bye = False
+        self.on_event: Callable[[], None] = lambda: None
+        self._post = post
+        self._max_inbox_bytes = max_inbox_bytes
+        self._inbox: deque[LargeMessage] = deque()
+        self._inbox_bytes = 0
+        self._arrived = threading.Condition()
+        self._unsent: deque[tuple[zmq.MessageTracker, int]] = deque()
+        self._closed = False
+
+    # -- called by the I/O thread --
+
+    def deliver(self, message: LargeMessage) -> None:
+        """Queues an arrived message; a client that floods is cut off."""
+        nbytes = sum(len(frame) for frame in message[2])
+        with self._arrived:
+            if self._inbox_bytes + nbytes > self._max_inbox_bytes:
+                self.reason = f"it had more than {self._max_inbox_bytes} bytes of unread messages under way"
+            elif not self._closed:
+                self._inbox.append(message)
+                self._inbox_bytes += nbytes
+            self._arrived.notify_all()
+        self.on_event()
+
+    def end(self, reason: str | None) -> None:
+        """The connection is over: by a goodbye (None) or by death."""
+        with self._arrived:
+            if reason is None:
+                self.said_bye = True
+            elif self.reason is None and not self.said_bye:
+                self.reason = reason
+            self._arrived.notify_all()
+        self.on_event()
+
+    # -- called by the channel --
+
+    def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
+        self._check_peer()
+        parts = multipart([self.identity, hs.envelope(hs.MESSAGE, sequence)], head, frames)
+        tracker = trackers(parts)
+        self._unsent.append((tracker, sum(len(frame) for frame in frames)))
+        self._post(self, parts)  # emptied there once sent
+        if not transfer:
+            wait_sent(tracker, deadline, self.dead)
+
+    def recv(self, deadline: float) -> LargeMessage | None:
+        with self._arrived:
+            while True:
+                if self._inbox:
+                    message = self._inbox.popleft()
+                    self._inbox_bytes -= sum(len(frame) for frame in message[2])
+                    return message
+                self._check_peer()
+                if time.monotonic() >= deadline:
+                    return None
+                self._arrived.wait(slice_until(deadline))
+
+    def _check_peer(self) -> None:
+        if self._closed:
+            raise ClosedError("this channel is closed; accept a new one")
+        if self.reason:
+            raise PeerDiedError(f"the client died: {self.reason}")
+        if self.said_bye:
+            raise ClosedError("the client closed the connection")
+
+    def pending(self) -> bool:
+        return bool(self._inbox) or self.said_bye
+
+    def dead(self) -> str | None:
+        return self.reason
+
+    def can_send(self) -> bool:
+        """False while the client leaves too much unread: reading its next request would only grow the queue."""
+        while self._unsent and self._unsent[0][0].done:
+            self._unsent.popleft()
+        return sum(nbytes for _, nbytes in self._unsent) <= self._max_inbox_bytes
+
+    def close(self) -> None:
+        with self._arrived:
+            if self._closed:
+                return
+            self._closed = True
+            self._inbox.clear()
+            self._arrived.notify_all()
+        if not self.reason:
+            self._post(self, [self.identity, hs.envelope(hs.BYE)])
