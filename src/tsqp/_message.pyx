@@ -24,7 +24,10 @@ cdef enum:
     FIRST_LOOK_BYTES = 512
 
 #: Message flags from here on belong to the transport.
-FLAG_VIA_ZMQ = 1 << 24
+FLAG_VIA_ZMQ = 1 << 24  # the message with sequence number `index` comes over ZeroMQ
+FLAG_TILED = 1 << 25  # this is the head of a message whose payload follows in further slots
+cdef uint32_t OUT_OF_SLOT = (1 << 24) | (1 << 25)
+cdef uint32_t TILED = 1 << 25
 cdef uint32_t USER_FLAGS = (1 << 24) - 1
 
 MAX_TENSORS = c.TSQP_MAX_TENSORS
@@ -379,6 +382,71 @@ cdef class Codec:
                 c.tsqp_pack_to_shared(slot + desc.offset, source.data, c.tsqp_dtype_itemsize(desc.dtype), desc.ndim,
                                       desc.shape, source.strides)
 
+    def write_tiled_head(self, Ring ring, bytes meta, uint64_t deadline_ns):
+        """Writes the head of the planned message; its payload follows by :meth:`write_tile`. False: it has no room
+        in a slot."""
+        cdef c.tsqp_slot slot
+        cdef uint64_t head = c.tsqp_message_head_bytes(&self.out.header)
+        cdef uint8_t *scratch = self._scratch(head)
+        if head > ring.segment.max_chunk_bytes:
+            return False
+        self.out.header.flags |= TILED
+        c.tsqp_message_write_head(&self.out, <char *>meta, scratch)
+        ring.acquire(&slot, deadline_ns)
+        c.tsqp_copy_to_shared(slot.data, scratch, head)
+        check(c.tsqp_ring_publish(ring.ptr, &slot, head))
+        return True
+
+    def write_tile(self, Ring ring, uint64_t start, uint64_t nbytes, uint64_t deadline_ns):
+        """Writes bytes [start, start + nbytes) of the planned message's payload; multiples of 64."""
+        cdef c.tsqp_slot slot
+        ring.acquire(&slot, deadline_ns)
+        with nogil:
+            self._fill_tile(slot.data, c.tsqp_message_head_bytes(&self.out.header) + start, nbytes)
+        check(c.tsqp_ring_publish(ring.ptr, &slot, nbytes))
+
+    cdef void _fill_tile(self, uint8_t *slot, uint64_t start, uint64_t nbytes) noexcept nogil:
+        cdef c.tsqp_tensor_desc *desc
+        cdef uint64_t end = start + nbytes
+        cdef uint64_t first, last
+        cdef uint32_t i
+        for i in range(self.out.header.tensor_count):
+            desc = &self.out.tensors[i]
+            first = desc.offset if desc.offset > start else start
+            last = desc.offset + desc.nbytes if desc.offset + desc.nbytes < end else end
+            if first < last:
+                c.tsqp_copy_to_shared(slot + (first - start), <uint8_t *>self.sources[i].data + (first - desc.offset),
+                                      last - first)
+
+    @property
+    def planned_head_bytes(self):
+        """Bytes of the planned message before its payload."""
+        return c.tsqp_message_head_bytes(&self.out.header)
+
+    def make_contiguous(self, list tensors):
+        """Packs the strided tensors of the planned message privately; returns what must be kept alive."""
+        cdef TensorBytes packed
+        kept = []
+        for i in range(len(tensors)):
+            if not self.sources[i].contiguous:
+                packed = TensorBytes.__new__(TensorBytes)
+                self._pack_private(i, packed)
+                self.sources[i].data = packed.data
+                self.sources[i].contiguous = True
+                kept.append(packed)
+        return kept
+
+    def assemble(self, Message message, uint64_t max_bytes):
+        """An :class:`Assembly` for a tiled message whose head was just read."""
+        cdef Assembly assembly = Assembly.__new__(Assembly)
+        if message.nbytes > max_bytes:
+            raise e.MessageTooLargeError(f"a message of {message.nbytes} bytes is over the limit of {max_bytes} bytes")
+        memcpy(&assembly.plan, &self.inn, sizeof(c.tsqp_message))
+        assembly.message = message
+        assembly.at = c.tsqp_message_head_bytes(&self.inn.header)
+        assembly.allocate()
+        return assembly
+
     def announce(self, Ring ring, uint64_t deadline_ns):
         """Acquires a slot for the note that the planned message comes over ZeroMQ; see :class:`Announcement`."""
         cdef Announcement note = Announcement.__new__(Announcement)
@@ -468,9 +536,11 @@ cdef class Codec:
         cdef uint32_t i
         c.tsqp_copy_from_shared(first, slot.data, looked)
         self._parse(first, looked, slot.nbytes, slot.data)
-        if self.inn.header.total_bytes != slot.nbytes and not self.inn.header.flags & FLAG_VIA_ZMQ:
-            check(c.TSQP_BAD_TOTAL)
         message = _new_message(&self.inn.header, self._meta(first, looked, slot.data), "ring")
+        if self.inn.header.flags & OUT_OF_SLOT:
+            return message  # its tensors are not in this slot
+        if self.inn.header.total_bytes != slot.nbytes:
+            check(c.TSQP_BAD_TOTAL)
         for i in range(self.inn.header.tensor_count):
             desc = &self.inn.tensors[i]
             if pinned is None:
@@ -492,11 +562,10 @@ cdef class Codec:
     def lease(self, Ring ring, uint64_t deadline_ns):
         """The next message of the ring as a :class:`Lease`; deadline 0 returns None where none waits."""
         cdef Lease lease = Lease.__new__(Lease)
-        if deadline_ns == 0:
-            if not ring.try_acquire(&lease.slot):
-                return None
-        else:
+        if deadline_ns != 0:
             ring.acquire(&lease.slot, deadline_ns)
+        elif not ring.try_acquire(&lease.slot):
+            return None
         lease.ring = ring
         lease.open = True
         try:
@@ -531,6 +600,66 @@ cdef class Codec:
         if desc.nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+
+
+cdef class Assembly:
+    """A tiled message on its way: private tensors that fill tile by tile."""
+
+    cdef c.tsqp_message plan
+    cdef void *data[64]
+    cdef uint64_t at
+    cdef readonly Message message
+
+    cdef allocate(self):
+        cdef c.tsqp_buffer *buffer
+        cdef uint32_t i
+        for i in range(self.plan.header.tensor_count):
+            buffer = c.tsqp_buffer_new(self.plan.tensors[i].nbytes)
+            if buffer == NULL:
+                raise MemoryError(f"no memory for a received tensor of {self.plan.tensors[i].nbytes} bytes")
+            self.data[i] = c.tsqp_buffer_data(buffer)
+            self.message.tensors.append(_wrap(&self.plan.tensors[i], self.data[i], buffer, NULL))
+
+    @property
+    def complete(self):
+        return self.at == self.plan.header.total_bytes
+
+    def feed(self, Ring ring, uint64_t deadline_ns):
+        """Takes one tile from the ring. False: the sender gave this message up."""
+        cdef c.tsqp_slot slot
+        ring.acquire(&slot, deadline_ns)
+        try:
+            if slot.nbytes == 0:
+                return False
+            if slot.nbytes % 64 or slot.nbytes > self.plan.header.total_bytes - self.at:
+                check(c.TSQP_BAD_TOTAL)
+            with nogil:
+                self._take(slot.data, slot.nbytes)
+            self.at += slot.nbytes
+            return True
+        finally:
+            c.tsqp_ring_release(ring.ptr, &slot)
+
+    cdef void _take(self, const uint8_t *shared, uint64_t nbytes) noexcept nogil:
+        cdef c.tsqp_tensor_desc *desc
+        cdef uint64_t first, last
+        cdef uint32_t i
+        for i in range(self.plan.header.tensor_count):
+            desc = &self.plan.tensors[i]
+            first = desc.offset if desc.offset > self.at else self.at
+            last = desc.offset + desc.nbytes
+            if last > self.at + nbytes:
+                last = self.at + nbytes
+            if first < last:
+                c.tsqp_copy_from_shared(<uint8_t *>self.data[i] + (first - desc.offset), shared + (first - self.at),
+                                        last - first)
+
+
+def give_up(Ring ring, uint64_t deadline_ns):
+    """Tells the receiver that the tiled message under way will not be finished."""
+    cdef c.tsqp_slot slot
+    ring.acquire(&slot, deadline_ns)
+    check(c.tsqp_ring_publish(ring.ptr, &slot, 0))
 
 
 cdef class Announcement:

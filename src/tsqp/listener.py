@@ -33,7 +33,7 @@ from .errors import (
     WaitTimeoutError,
 )
 from .links import MAX_FRAME_BYTES, ServerLink
-from .transport import Channel, close_at_exit, make_channel
+from .transport import Channel, check_large, close_at_exit, make_channel
 
 HANDSHAKE_TIMEOUT_S = 5.0
 _RETRY_MS = 10
@@ -110,6 +110,7 @@ class Listener:
         shm: bool = True,
         max_clients: int = 16,
         shm_name: str | None = None,
+        large: str = "zmq",
         wait: str = "auto",
         spin_us: float = 50.0,
         max_inbox_bytes: int = 4 << 30,
@@ -118,6 +119,8 @@ class Listener:
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._shm = shm and parsed.is_loopback
         self._shm_name = shm_name or os.environ.get("TSQP_SHM_NAME") or None
+        check_large(large)
+        self._large = large
         self._wait, self._spin_us, self._max_inbox_bytes = wait, spin_us, max_inbox_bytes
         self._scheme = parsed.scheme
         self._bell = Doorbell(spin_us, hs.futex_works(), wait)
@@ -137,6 +140,7 @@ class Listener:
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
+        self._socket_path = ""  # ours to remove, once it is bound
         try:
             self._open(parsed)
         except BaseException:
@@ -152,6 +156,7 @@ class Listener:
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._monitor = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.endpoint = _bind(self._router, parsed)
+        self._socket_path = parsed.path
 
     # ---- for users ----
 
@@ -256,6 +261,9 @@ class Listener:
         if self._monitor is not None:
             self._router.disable_monitor()
             self._monitor.close(0)
+        if self._socket_path:  # libzmq leaves it; before the close, while nobody else can have bound it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._socket_path)
         # Goodbyes are with libzmq by now; give them a moment to leave.
         self._router.close(200)
         self._context.term()
@@ -356,6 +364,7 @@ class Listener:
             scheme=self._scheme,
             peer=f"client {client.identity.hex()[-8:]} of {self.endpoint}",
             threshold=self.max_chunk_bytes,
+            large=self._large,
             wait=self._wait,
             spin_us=self._spin_us,
             futex=client.futex,
@@ -428,6 +437,7 @@ def listen(
     shm: bool = True,
     max_clients: int = 16,
     shm_name: str | None = None,
+    large: str = "zmq",
     wait: str = "auto",
     spin_us: float = 50.0,
     max_inbox_bytes: int = 4 << 30,
@@ -442,6 +452,7 @@ def listen(
         shm: False keeps everything on ZeroMQ; so does an endpoint beyond this host.
         max_clients: connections served at once; each takes 2 * max_chunks * max_chunk_bytes of shared memory.
         shm_name: a fixed name for the first client's segment (``TSQP_SHM_NAME``), for an enclave's manifest.
+        large: how this end sends messages of that size: ``zmq``, or ``tile`` (in tiles through the ring).
         wait: ``auto``, ``spin``, ``block`` or ``poll``; spin_us: the longest spin before blocking.
         max_inbox_bytes: a client with more unread bytes of large messages than this is cut off.
 
@@ -457,6 +468,7 @@ def listen(
         shm=shm,
         max_clients=max_clients,
         shm_name=shm_name,
+        large=large,
         wait=wait,
         spin_us=spin_us,
         max_inbox_bytes=max_inbox_bytes,

@@ -7,24 +7,26 @@ carries them, and a reader waits in one place.
 from __future__ import annotations
 
 import atexit
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import handshake as hs
-from ._message import FLAG_VIA_ZMQ, Codec, Lease, Message, deadline_ns, pack_meta
+from ._message import Lease, Message, deadline_ns, pack_meta
 from ._ring import Doorbell, Ring, Segment
 from .config import parse_endpoint
-from .errors import ClosedError, ConnectError, EndpointError, ProtocolError, WaitTimeoutError
+from .errors import ClosedError, ConfigError, ConnectError, EndpointError, ProtocolError, WaitTimeoutError
 from .links import ClientLink, Link
+from .receiving import HeldMessage, Receiver
+from .sending import Sender, seconds_until
 
 #: A server can't make a client map more than this.
 MAX_SEGMENT_BYTES = 64 << 30
 #: What a sender that waits for a slot reads ahead at most, so that two full rings can't block each other.
 MAX_READ_AHEAD_BYTES = 1 << 30
+#: No declared length of a peer makes this end allocate more for one message.
+MAX_MESSAGE_BYTES = 8 << 30
 _FOREVER_S = 1e9
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -41,26 +43,10 @@ def _close_open() -> None:
         closable.close()
 
 
-class HeldMessage:
-    """A message in private memory, with the face of a lease."""
-
-    def __init__(self, message: Message) -> None:
-        self.message = message
-
-    def __enter__(self) -> Message:
-        return self.message
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Nothing to give back."""
-
-
 class Channel:
     """One end of a connection. Threads may share it: sends are one at a time, and so are receives.
 
-    Attributes: ``threshold`` (bytes at which a message takes ZeroMQ), ``peer`` (text), ``transport`` (``shm+ipc``,
+    Attributes: ``threshold`` (bytes from which a message is large), ``peer`` (text), ``transport`` (``shm+ipc``,
     ``shm+tcp``, ``ipc`` or ``tcp``).
     """
 
@@ -73,6 +59,7 @@ class Channel:
         *,
         scheme: str,
         threshold: int,
+        large: str,
         peer: str,
         bell: Doorbell,
     ) -> None:
@@ -80,14 +67,9 @@ class Channel:
         self.transport = f"shm+{scheme}" if segment is not None else scheme
         self.on_close: Callable[[Channel], None] = lambda channel: None
         self._link, self._segment, self._tx, self._rx, self._bell = link, segment, tx, rx, bell
-        self._encoder, self._decoder = Codec(), Codec()
-        self._send_lock, self._recv_lock = threading.Lock(), threading.Lock()
-        self._read_ahead: deque[Message] = deque()
-        self._read_ahead_bytes = 0
-        self._sequence = 0  # of our large messages
-        self._awaited: int | None = None  # an announced large message that has not arrived yet
+        self._sender = Sender(link, tx, threshold, large, self._make_room)
+        self._receiver = Receiver(link, rx, peer, MAX_MESSAGE_BYTES)
         self._closed = False
-        self._counts = [0] * 8  # transfers and bytes: ring out, ring in, ZeroMQ out, ZeroMQ in
         for ring in (tx, rx):
             if ring is not None:
                 ring.liveness = link.dead
@@ -129,63 +111,32 @@ class Channel:
             MessageError (and its subclasses), WaitTimeoutError, ClosedError, PeerDiedError.
         """
         packed = pack_meta(meta)
-        with self._send_lock:
+        fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
+        with self._sender.lock:
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-            total = self._encoder.plan(
-                tensors, packed, tag, flags, request_id, status, site, index, compute_ns, queue_ns
-            )
-            counts = self._counts
-            if self._tx is not None and total < self.threshold:
-                if not self._tx.ready():
-                    self._make_room(timeout)
-                self._encoder.write(self._tx, packed, deadline_ns(timeout))
-                counts[0] += 1
-                counts[1] += total
-            else:
-                self._send_large(tensors, packed, timeout, transfer)
-                counts[4] += 1
-                counts[5] += total
-            return total
+            return self._sender.send(tensors, packed, fields, timeout, transfer)
 
-    def _send_large(self, tensors: Sequence[Any], meta: bytes, timeout: float | None, transfer: bool) -> None:
-        deadline = time.monotonic() + (_FOREVER_S if timeout is None else timeout)
-        head = self._encoder.head_bytes(meta)
-        frames = self._encoder.payload(tensors)
-        sequence = self._sequence
-        self._sequence += 1
-        if self._tx is None:
-            self._link.send(head, frames, sequence, deadline, transfer)
-            return
-        if not self._tx.ready():
-            self._make_room(timeout)
-        note = self._encoder.announce(self._tx, deadline_ns(timeout))
-        note.publish(sequence)
-        self._link.send(head, frames, sequence, deadline, transfer)
-
-    def _make_room(self, timeout: float | None) -> None:
+    def _make_room(self, deadline: int) -> None:
         """Waits for a free slot and meanwhile reads ahead: the peer may itself wait until we read."""
-        assert self._tx is not None
-        assert self._rx is not None
-        deadline = time.monotonic() + (_FOREVER_S if timeout is None else timeout)
-        while not self._tx.ready():
-            if self._read_ahead_bytes >= MAX_READ_AHEAD_BYTES or not self._recv_lock.acquire(blocking=False):
+        receiver, tx, rx = self._receiver, self._tx, self._rx
+        assert tx is not None
+        assert rx is not None
+        while not tx.ready():
+            if receiver.ahead_bytes >= MAX_READ_AHEAD_BYTES or not receiver.lock.acquire(blocking=False):
                 return  # another thread reads; the plain wait for a slot does
             try:
-                if self._awaited is None and self._rx.ready():
-                    message = self._receive(0.0)
-                    if message is not None:
-                        self._read_ahead.append(message)
-                        self._read_ahead_bytes += message.nbytes
-                    continue
-            except (ClosedError, WaitTimeoutError):
-                return  # the wait for the slot will say so, or go on
+                while receiver.read_ahead():
+                    pass
+            except ClosedError:
+                return  # the wait for the slot will say so
             finally:
-                self._recv_lock.release()
-            left = deadline - time.monotonic()
+                receiver.lock.release()
+            left = seconds_until(deadline)
             if left <= 0 or self._link.dead():
                 return
-            self._bell.wait([self._tx, self._rx], min(left, 0.1))
+            waits = [ring for ring in (tx, receiver.wait_ring) if ring is not None]
+            self._bell.wait(waits, min(left, 0.1 if len(waits) > 1 else 0.01))
 
     # ---- receive ----
 
@@ -195,115 +146,48 @@ class Channel:
         Raises WaitTimeoutError after `timeout` seconds (nothing is lost: a later call gets the message), ClosedError
         when the peer closed and all is read, PeerDiedError, MessageError where the peer sent rubbish, ProtocolError.
         """
-        with self._receiving(timeout):
-            if self._read_ahead:
-                return self._take_read_ahead()
-            message = self._receive(timeout)
-            if message is None:
-                raise WaitTimeoutError(f"no message from {self.peer} within {timeout} s; it is connected: wait longer")
-            return message
+        deadline = self._begin_receive(timeout)
+        try:
+            return self._receiver.receive(deadline)
+        finally:
+            self._receiver.lock.release()
 
     def lease(self, timeout: float | None = None) -> Lease | HeldMessage:
         """A ``with`` block over the next message; tensors of a ring message are views into its slot, valid inside
         the block only. Raises like :meth:`recv`."""
-        with self._receiving(timeout):
-            if self._read_ahead:
-                return HeldMessage(self._take_read_ahead())
-            lease = None
-            if self._rx is not None and self._awaited is None:
-                lease = self._decoder.lease(self._rx, deadline_ns(timeout))
-            return self._unwrap(lease, timeout)
+        deadline = self._begin_receive(timeout)
+        try:
+            return self._receiver.lease(deadline)
+        finally:
+            self._receiver.lock.release()
 
     def recv_nowait(self, lease: bool = True) -> Lease | HeldMessage | None:
         """Like :meth:`lease` (``lease=False``: a private copy in the same wrapper) but None where no whole message
         is there yet."""
-        with self._receiving(None):
-            if self._read_ahead:
-                return HeldMessage(self._take_read_ahead())
-            if self._rx is None or self._awaited is not None:
-                return self._held(self._receive(0.0))
-            if not lease:
-                return self._held(self._receive(0.0)) if self._rx.ready() else None
-            leased = self._decoder.lease(self._rx, 0)
-            return None if leased is None else self._held_or_lease(leased)
+        self._begin_receive(None)
+        try:
+            return self._receiver.take(lease)
+        finally:
+            self._receiver.lock.release()
 
     def poll(self) -> bool:
-        """True if :meth:`recv_nowait` would return a message or raise because the peer is gone."""
-        if self._read_ahead or self._link.dead():
-            return True
-        if self._rx is None or self._awaited is not None:
-            return self._link.pending()
-        return self._rx.ready()
+        """True if there is something to receive (perhaps only a part of a message) or the peer is gone."""
+        return self._receiver.ready()
 
     @property
     def wait_ring(self) -> Ring | None:
         """The ring whose next message ends a wait on this channel; None while ZeroMQ is what it waits for."""
-        return self._rx if self._awaited is None else None
+        return self._receiver.wait_ring
 
-    def _receiving(self, timeout: float | None) -> _Receiving:
+    def _begin_receive(self, timeout: float | None) -> int:
+        """Takes the receive lock; returns the deadline in monotonic ns."""
         if self._closed:
             raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-        if not self._recv_lock.acquire(blocking=False) and not self._recv_lock.acquire(
-            timeout=-1 if timeout is None else timeout
-        ):
+        deadline = deadline_ns(timeout)
+        lock = self._receiver.lock
+        if not lock.acquire(blocking=False) and not lock.acquire(timeout=-1 if timeout is None else timeout):
             raise WaitTimeoutError(f"another thread is receiving from {self.peer}; wait for it")
-        return _Receiving(self._recv_lock)
-
-    def _take_read_ahead(self) -> Message:
-        message = self._read_ahead.popleft()
-        self._read_ahead_bytes -= message.nbytes
-        return message
-
-    def _receive(self, timeout: float | None) -> Message | None:
-        """The next message copied to private memory; None only where a large one is still on its way."""
-        if self._rx is not None and self._awaited is None:
-            message = self._decoder.read(self._rx, deadline_ns(timeout))
-            if not message.flags & FLAG_VIA_ZMQ:
-                self._counts[2] += 1
-                self._counts[3] += message.nbytes
-                return message
-            self._awaited = message.index
-        return self._receive_large(timeout)
-
-    def _receive_large(self, timeout: float | None) -> Message | None:
-        deadline = time.monotonic() + (_FOREVER_S if timeout is None else timeout)
-        arrived = self._link.recv(deadline)
-        if arrived is None:
-            return None
-        sequence, head, frames = arrived
-        awaited, self._awaited = self._awaited, None
-        if awaited is not None and sequence != awaited:
-            raise ProtocolError(f"{self.peer} announced large message {awaited} and sent {sequence}; close the channel")
-        message = self._decoder.decode_frames(head, frames)
-        self._counts[6] += 1
-        self._counts[7] += message.nbytes
-        return message
-
-    def _held(self, message: Message | None) -> HeldMessage | None:
-        return None if message is None else HeldMessage(message)
-
-    def _held_or_lease(self, lease: Lease) -> Lease | HeldMessage | None:
-        message = lease.message
-        if not message.flags & FLAG_VIA_ZMQ:
-            self._counts[2] += 1
-            self._counts[3] += message.nbytes
-            return lease
-        self._awaited = message.index
-        lease.release()
-        return self._held(self._receive_large(0.0))
-
-    def _unwrap(self, lease: Lease | None, timeout: float | None) -> Lease | HeldMessage:
-        if lease is not None and not lease.message.flags & FLAG_VIA_ZMQ:
-            self._counts[2] += 1
-            self._counts[3] += lease.message.nbytes
-            return lease
-        if lease is not None:
-            self._awaited = lease.message.index
-            lease.release()
-        message = self._receive_large(timeout)
-        if message is None:
-            raise WaitTimeoutError(f"no message from {self.peer} within {timeout} s; it is connected: wait longer")
-        return HeldMessage(message)
+        return deadline
 
     # ---- the rest ----
 
@@ -322,17 +206,17 @@ class Channel:
     @property
     def stats(self) -> dict[str, Any]:
         """Counts of both directions: transfers and bytes by ring (shm) and by ZeroMQ, and by direction."""
-        ring_out, ring_out_bytes, ring_in, ring_in_bytes, zmq_out, zmq_out_bytes, zmq_in, zmq_in_bytes = self._counts
+        out, inn = self._sender, self._receiver
         return {
             "transport": self.transport,
-            "shm_transfers": ring_out + ring_in,
-            "zmq_transfers": zmq_out + zmq_in,
-            "shm_bytes": ring_out_bytes + ring_in_bytes,
-            "zmq_bytes": zmq_out_bytes + zmq_in_bytes,
-            "sent_messages": ring_out + zmq_out,
-            "received_messages": ring_in + zmq_in,
-            "sent_bytes": ring_out_bytes + zmq_out_bytes,
-            "received_bytes": ring_in_bytes + zmq_in_bytes,
+            "shm_transfers": out.ring_count + inn.ring_count,
+            "zmq_transfers": out.zmq_count + inn.zmq_count,
+            "shm_bytes": out.ring_bytes + inn.ring_bytes,
+            "zmq_bytes": out.zmq_bytes + inn.zmq_bytes,
+            "sent_messages": out.ring_count + out.zmq_count,
+            "received_messages": inn.ring_count + inn.zmq_count,
+            "sent_bytes": out.ring_bytes + out.zmq_bytes,
+            "received_bytes": inn.ring_bytes + inn.zmq_bytes,
         }
 
     def close(self) -> None:
@@ -361,17 +245,10 @@ class Channel:
         return f"<tsqp.Channel to {self.peer} over {self.transport}{' (closed)' if self._closed else ''}>"
 
 
-class _Receiving:
-    """Releases the receive lock that was taken with a deadline."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+def check_large(large: str) -> None:
+    """Raises :class:`ConfigError` where `large` is no known way."""
+    if large not in ("zmq", "tile"):
+        raise ConfigError(f"large={large!r} is neither 'zmq' nor 'tile'")
 
 
 def make_channel(
@@ -382,6 +259,7 @@ def make_channel(
     scheme: str,
     peer: str,
     threshold: int,
+    large: str,
     wait: str,
     spin_us: float,
     futex: bool,
@@ -392,11 +270,17 @@ def make_channel(
         tx = Ring(segment, 1 if server else 0, True, wait, spin_us, futex)
         rx = Ring(segment, 0 if server else 1, False, wait, spin_us, futex)
     bell = Doorbell(spin_us, futex, wait)
-    return Channel(link, segment, tx, rx, scheme=scheme, threshold=threshold, peer=peer, bell=bell)
+    return Channel(link, segment, tx, rx, scheme=scheme, threshold=threshold, large=large, peer=peer, bell=bell)
 
 
 def connect(
-    endpoint: str, timeout: float | None = 10.0, *, shm: bool = True, wait: str = "auto", spin_us: float = 50.0
+    endpoint: str,
+    timeout: float | None = 10.0,
+    *,
+    shm: bool = True,
+    large: str = "zmq",
+    wait: str = "auto",
+    spin_us: float = 50.0,
 ) -> Channel:
     """Connects to a :func:`tsqp.listen` endpoint.
 
@@ -404,6 +288,8 @@ def connect(
         endpoint: ``ipc:///path`` or ``tcp://address:port``, numeric.
         timeout: seconds to wait for the server, which may start later; None waits for ever.
         shm: False keeps everything on ZeroMQ. Shared memory is used where both ends see the same host.
+        large: how this end sends messages of the threshold's size and more: ``zmq``, or ``tile`` (cut into
+            tiles that follow each other through the ring).
         wait: ``auto``, ``spin``, ``block`` or ``poll`` (no futex; chosen by itself inside Gramine).
         spin_us: the longest spin before blocking, in microseconds.
 
@@ -411,22 +297,23 @@ def connect(
         EndpointError, ConnectError (nobody answers, or the server refuses), ProtocolError, SegmentError.
     """
     parsed = parse_endpoint(endpoint)
+    check_large(large)
     if parsed.scheme == "ipc" and hs.in_gramine():
         raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
     if hs.in_gramine() and wait == "block":
         raise EndpointError("wait='block' needs a futex, which never crosses the enclave's border; use auto or poll")
     link = ClientLink(endpoint)
     try:
-        return _shake_hands(link, endpoint, parsed.scheme, parsed.is_loopback and shm, timeout, wait, spin_us)
+        options = {"scheme": parsed.scheme, "large": large, "wait": wait, "spin_us": spin_us}
+        return _shake_hands(link, endpoint, parsed.is_loopback and shm, timeout, options)
     except BaseException:
         link.close()
         raise
 
 
-def _shake_hands(
-    link: ClientLink, endpoint: str, scheme: str, shm: bool, timeout: float | None, wait: str, spin_us: float
-) -> Channel:
-    link.say(hs.HELLO, hs.pack(hs.Hello(hs.PROTOCOL, shm, hs.futex_works() and wait != "poll")))
+def _shake_hands(link: ClientLink, endpoint: str, shm: bool, timeout: float | None, options: dict[str, Any]) -> Channel:
+    futex = hs.futex_works() and options["wait"] != "poll"
+    link.say(hs.HELLO, hs.pack(hs.Hello(hs.PROTOCOL, shm, futex)))
     answer = link.hear(time.monotonic() + (_FOREVER_S if timeout is None else timeout))
     if answer is None:
         raise ConnectError(
@@ -446,12 +333,10 @@ def _shake_hands(
         link,
         segment,
         server=False,
-        scheme=scheme,
         peer=f"server {endpoint}",
         threshold=segment.max_chunk_bytes if segment is not None else 0,
-        wait=wait,
-        spin_us=spin_us,
-        futex=welcome.futex and hs.futex_works() and wait != "poll",
+        futex=welcome.futex and futex,
+        **options,
     )
 
 

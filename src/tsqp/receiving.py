@@ -1,0 +1,174 @@
+"""The receiving half of a channel: the next message, whatever carries it, in the order it was sent."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Codec, Lease, Message, deadline_ns
+from ._ring import Ring
+from .errors import ProtocolError, WaitTimeoutError
+from .links import Link
+
+#: A deadline that has passed: take what is there.
+NOW_NS = 0
+_OUT_OF_SLOT = FLAG_VIA_ZMQ | FLAG_TILED
+
+
+class HeldMessage:
+    """A message in private memory, with the face of a lease."""
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+
+    def __enter__(self) -> Message:
+        return self.message
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+
+class Receiver:
+    """Reads one direction of a channel. Callers hold :attr:`lock` from a call's start to its end."""
+
+    def __init__(self, link: Link, ring: Ring | None, peer: str, max_message_bytes: int) -> None:
+        self.lock = threading.Lock()
+        self.ring_count = self.ring_bytes = self.zmq_count = self.zmq_bytes = 0
+        self.ahead_bytes = 0
+        self._link, self._ring, self._peer, self._max_message_bytes = link, ring, peer, max_message_bytes
+        self._codec = Codec()
+        self._ahead: deque[Message] = deque()
+        self._awaited: int | None = None  # an announced ZeroMQ message that has not arrived yet
+        self._assembly: Assembly | None = None  # a tiled message of which tiles are missing
+
+    # ---- state ----
+
+    def ready(self) -> bool:
+        """True if there is something to take now, or the peer is gone."""
+        if self._ahead or self._link.dead():
+            return True
+        ring = self.wait_ring
+        return self._link.pending() if ring is None else ring.ready()
+
+    @property
+    def wait_ring(self) -> Ring | None:
+        """The ring whose next slot ends a wait; None while ZeroMQ is what this end waits for."""
+        return self._ring if self._awaited is None else None
+
+    # ---- taking a message ----
+
+    def receive(self, deadline: int) -> Message:
+        """The next message in private memory. Raises WaitTimeoutError at `deadline` (monotonic ns)."""
+        if self._ahead:
+            return self._take_ahead()
+        message = self._next(deadline)
+        if message is None:
+            raise WaitTimeoutError(f"no message from {self._peer} before the deadline; it is connected: wait longer")
+        return message
+
+    def lease(self, deadline: int) -> Lease | HeldMessage:
+        """Like :meth:`receive`, but a ring message stays in its slot until released."""
+        if self._ahead or self._ring is None or self._awaited is not None or self._assembly is not None:
+            return HeldMessage(self.receive(deadline))
+        leased = self._codec.lease(self._ring, deadline)
+        if leased is None:
+            raise WaitTimeoutError(f"no message from {self._peer} before the deadline; it is connected: wait longer")
+        if not leased.message.flags & _OUT_OF_SLOT:
+            return self._count_lease(leased)
+        self._begin(leased.message)
+        leased.release()
+        return HeldMessage(self.receive(deadline))
+
+    def take(self, lease: bool) -> Lease | HeldMessage | None:
+        """What is there now as a lease or (``lease=False``) held in private memory; None if no whole message is."""
+        if self._ahead:
+            return HeldMessage(self._take_ahead())
+        if self._ring is None or self._awaited is not None or self._assembly is not None or not lease:
+            return self._held(self._next(NOW_NS))
+        leased = self._codec.lease(self._ring, NOW_NS)
+        if leased is None:
+            return None
+        if not leased.message.flags & _OUT_OF_SLOT:
+            return self._count_lease(leased)
+        self._begin(leased.message)
+        leased.release()
+        return self._held(self._next(NOW_NS))
+
+    def read_ahead(self) -> bool:
+        """Takes one message into the queue, if a whole one is there."""
+        message = self._next(NOW_NS)
+        if message is None:
+            return False
+        self._ahead.append(message)
+        self.ahead_bytes += message.nbytes
+        return True
+
+    def _take_ahead(self) -> Message:
+        message = self._ahead.popleft()
+        self.ahead_bytes -= message.nbytes
+        return message
+
+    def _held(self, message: Message | None) -> HeldMessage | None:
+        return None if message is None else HeldMessage(message)
+
+    def _count_lease(self, lease: Lease) -> Lease:
+        self.ring_count += 1
+        self.ring_bytes += lease.message.nbytes
+        return lease
+
+    def _next(self, deadline: int) -> Message | None:
+        """The next whole message, or None where `deadline` passed before it was there."""
+        while True:
+            if self._awaited is not None or self._ring is None:
+                return self._next_from_link(deadline)
+            if deadline == NOW_NS and not self._ring.ready():
+                return None
+            if self._assembly is not None:
+                if self._feed(self._assembly, deadline):
+                    return self._finish(self._assembly)
+                continue
+            message = self._codec.read(self._ring, deadline)
+            if not message.flags & _OUT_OF_SLOT:
+                self.ring_count += 1
+                self.ring_bytes += message.nbytes
+                return message
+            self._begin(message)
+
+    def _begin(self, note: Message) -> None:
+        """`note` said where the message really is."""
+        if note.flags & FLAG_VIA_ZMQ:
+            self._awaited = note.index
+        else:
+            self._assembly = self._codec.assemble(note, self._max_message_bytes)
+
+    def _feed(self, assembly: Assembly, deadline: int) -> bool:
+        assert self._ring is not None
+        if not assembly.complete and not assembly.feed(self._ring, deadline):
+            self._assembly = None  # the sender gave it up; what follows is the next message
+            return False
+        return assembly.complete
+
+    def _finish(self, assembly: Assembly) -> Message:
+        self._assembly = None
+        self.ring_count += 1
+        self.ring_bytes += assembly.message.nbytes
+        return assembly.message
+
+    def _next_from_link(self, deadline: int) -> Message | None:
+        arrived = self._link.recv(deadline / 1e9)
+        if arrived is None:
+            return None
+        sequence, head, frames = arrived
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None and sequence != awaited:
+            raise ProtocolError(f"{self._peer} announced large message {awaited}, sent {sequence}; close the channel")
+        message = self._codec.decode_frames(head, frames)
+        self.zmq_count += 1
+        self.zmq_bytes += message.nbytes
+        return message
+
+
+__all__ = ["NOW_NS", "HeldMessage", "Receiver", "deadline_ns"]
