@@ -7,6 +7,9 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo to
 # Workers that spin after each parallel region starve the other process on a small machine (docs: tuning).
 export OMP_WAIT_POLICY ?= passive
 
+PYTHON_CODE := src tests benchmarks tools
+C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h)
+
 .PHONY: demo test test-c lint format soak bench wheel clean
 .DELETE_ON_ERROR:
 
@@ -41,15 +44,16 @@ soak: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]' --no-build-isolation \
 	  --config-settings=cmake.define.TSQP_WERROR=ON
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h tests/c/*.c
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message
 
 format:
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/clang-format -i csrc/*.c csrc/*.h tests/c/*.c
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(BIN)/ruff format $(PYTHON_CODE)
+	$(BIN)/clang-format -i $(C_CODE)
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check 'iceoryx2>=0.8'

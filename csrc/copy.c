@@ -163,10 +163,11 @@ void tsqp_pack_to_shared(void *shared_dst, const void *src, size_t itemsize, uns
         unsigned d = outer;
         while (d > 0) {
             d--;
-            row += strides[d];
-            if (++at[d] < shape[d])
+            if (++at[d] < shape[d]) {
+                row += strides[d];
                 break;
-            row -= strides[d] * shape[d];
+            }
+            row -= strides[d] * (shape[d] - 1); /* never past the tensor: a dimension of 1 may have any stride */
             at[d] = 0;
             if (d == 0) {
                 flush_stage(&packer);

@@ -71,7 +71,7 @@ int tsqp_ring_open(struct tsqp_segment *segment, unsigned index, enum tsqp_role 
     ring->entries = (struct tsqp_entry *)(segment->base + tsqp_entries_offset(&segment->geometry, index));
     ring->slots = segment->base + tsqp_slots_offset(&segment->geometry, index);
     ring->role = role;
-    tsqp_waiter_init(&ring->waiter, TSQP_WAIT_AUTO, 50000, true);
+    tsqp_waiter_init(&ring->waiter, TSQP_WAIT_AUTO, 100000, true);
     tsqp_segment_retain(segment);
     ring->segment = segment;
     *out = ring;

@@ -97,6 +97,24 @@ static int end_locked(int fd, unsigned end) {
 }
 #endif
 
+/* A descriptor that holds the lock of `end`, or -1. It is not the one that was mapped: a mapping keeps the open file
+ * description it was made from, and with it that description's locks, alive in every forked child; this one's are
+ * gone with the last copy of the descriptor, and a forked child closes its copy. */
+static int open_locked(const char *path, int mapped_fd, unsigned end) {
+    struct stat mapped, opened;
+    if (end_locked(mapped_fd, end) != 0)
+        return -1;
+    int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return -1;
+    bool same = fstat(mapped_fd, &mapped) == 0 && fstat(fd, &opened) == 0 && mapped.st_dev == opened.st_dev &&
+                mapped.st_ino == opened.st_ino;
+    if (same && lock_end(fd, end))
+        return fd;
+    close(fd);
+    return -1;
+}
+
 /* ---- create ---- */
 
 static int code_of_errno(int error) {
@@ -156,13 +174,10 @@ static int map_segment(struct tsqp_segment *segment, int fd) {
     return TSQP_OK;
 }
 
-/* Keeps the descriptor only where it holds the lock. */
-static void keep_lock(struct tsqp_segment *segment, int fd, bool locked) {
-    if (locked)
-        segment->fd = fd;
-    else
-        close(fd);
-    tsqp_store_release(&tsqp_header(segment)->ends[segment->end].attached, locked ? 2 : 1);
+/* From here on `lock_fd` belongs to the segment, and the peer can tell whether this end lives. */
+static void keep_lock(struct tsqp_segment *segment, int lock_fd) {
+    segment->fd = lock_fd;
+    tsqp_store_release(&tsqp_header(segment)->ends[segment->end].attached, lock_fd >= 0 ? 2 : 1);
 }
 
 static void initialise(struct tsqp_segment *segment) {
@@ -190,7 +205,7 @@ static int create_named(const struct tsqp_geometry *geometry, const char *name, 
     int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return errno == ENOENT ? TSQP_ERRNO : code_of_errno(errno);
-    bool locked = lock_end(fd, 0);
+    int lock_fd = open_locked(path, fd, 0);
     struct tsqp_segment *segment = segment_new(geometry, 0, name);
     rc = segment ? reserve(fd, segment->length) : TSQP_NO_MEMORY;
     if (rc == TSQP_OK)
@@ -200,12 +215,15 @@ static int create_named(const struct tsqp_geometry *geometry, const char *name, 
     if (rc != TSQP_OK) {
         int error = errno;
         unlink(path);
+        if (lock_fd >= 0)
+            close(lock_fd);
         close(fd);
         free(segment);
         errno = error;
         return rc;
     }
-    keep_lock(segment, fd, locked);
+    close(fd);
+    keep_lock(segment, lock_fd);
     initialise(segment);
     *out = segment;
     return TSQP_OK;
@@ -252,7 +270,7 @@ static int check_header(const struct tsqp_segment *segment, const uint64_t sessi
     return TSQP_OK;
 }
 
-static int attach_fd(struct tsqp_segment *segment, int fd, const uint64_t session[2]) {
+static int attach_fd(struct tsqp_segment *segment, const char *path, int fd, const uint64_t session[2]) {
     struct stat st;
     /* Inside Gramine the segment is a character device of unknown size: there the handshake's length is all
      * there is. */
@@ -262,10 +280,13 @@ static int attach_fd(struct tsqp_segment *segment, int fd, const uint64_t sessio
     if (rc)
         return rc;
     rc = check_header(segment, session);
-    if (rc == TSQP_OK && end_locked(fd, 1) == 1)
+    int lock_fd = rc == TSQP_OK ? open_locked(path, fd, 1) : -1;
+    if (rc == TSQP_OK && lock_fd < 0 && end_locked(fd, 1) == 1)
         rc = TSQP_ATTACHED;
     if (rc != TSQP_OK)
         munmap(segment->base, segment->length);
+    else
+        keep_lock(segment, lock_fd);
     return rc;
 }
 
@@ -281,17 +302,16 @@ int tsqp_segment_attach(const struct tsqp_geometry *geometry, const char *name, 
     if (fd < 0)
         return code_of_errno(errno);
     struct tsqp_segment *segment = segment_new(geometry, 1, name);
-    rc = segment ? attach_fd(segment, fd, session) : TSQP_NO_MEMORY;
+    rc = segment ? attach_fd(segment, path, fd, session) : TSQP_NO_MEMORY;
+    int error = errno;
+    close(fd);
     if (rc != TSQP_OK) {
-        int error = errno;
-        close(fd);
         free(segment);
         errno = error;
         return rc;
     }
     segment->session[0] = tsqp_load_relaxed(&tsqp_header(segment)->session[0]);
     segment->session[1] = tsqp_load_relaxed(&tsqp_header(segment)->session[1]);
-    keep_lock(segment, fd, lock_end(fd, 1));
     *out = segment;
     return TSQP_OK;
 }

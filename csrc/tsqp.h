@@ -111,6 +111,7 @@ struct tsqp_waiter {
     enum tsqp_wait_mode mode;
     uint64_t spin_max_ns;
     uint64_t spin_ns; /* what spinning is worth now; learns */
+    uint32_t misses;  /* waits in a row that spinning did not cover */
     uint64_t sleep_ns;
     bool futex; /* both ends are native Linux */
 };

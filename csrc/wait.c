@@ -18,6 +18,7 @@
 #endif
 
 #define SPIN_MIN_NS UINT64_C(1000)
+#define PROBE_EVERY 16u
 #define SPINS_PER_CLOCK_READ 32
 #define YIELDS 8
 #define POLL_YIELDS 200 /* measured to be right inside Gramine, where a sleep leaves the enclave */
@@ -46,6 +47,7 @@ void tsqp_waiter_init(struct tsqp_waiter *waiter, enum tsqp_wait_mode mode, uint
     waiter->mode = mode == TSQP_WAIT_AUTO && !futex ? TSQP_WAIT_POLL : mode;
     waiter->spin_max_ns = spin_ns;
     waiter->spin_ns = spin_ns;
+    waiter->misses = 0;
     waiter->sleep_ns = SLEEP_MIN_NS;
     waiter->futex = futex && waiter->mode != TSQP_WAIT_POLL;
 }
@@ -76,14 +78,22 @@ static bool spin(const struct tsqp_watch *watches, size_t count, uint64_t start,
     return false;
 }
 
-/* Spinning is worth its core only while the peer answers within spin_max: a wait that ended in time doubles
- * the budget, one that did not halves it. */
+/* Spinning is worth its core only while the peer answers within spin_max: a wait that ended in time restores the
+ * whole budget, one that did not halves it. Where both ends block, the wake-ups alone make every wait too long, and
+ * neither would find back: so every PROBE_EVERY-th wait spins in full. */
 static void learn(struct tsqp_waiter *waiter, uint64_t waited_ns) {
-    uint64_t budget = waiter->spin_ns;
-    budget = waited_ns <= waiter->spin_max_ns ? budget * 2 : budget / 2;
-    if (budget < SPIN_MIN_NS)
-        budget = SPIN_MIN_NS;
-    waiter->spin_ns = budget > waiter->spin_max_ns ? waiter->spin_max_ns : budget;
+    if (waited_ns <= waiter->spin_max_ns) {
+        waiter->spin_ns = waiter->spin_max_ns;
+        waiter->misses = 0;
+        return;
+    }
+    waiter->misses++;
+    if (waiter->misses % PROBE_EVERY == 0)
+        waiter->spin_ns = waiter->spin_max_ns;
+    else if (waiter->misses % PROBE_EVERY == 1 && waiter->misses > 1)
+        waiter->spin_ns = SPIN_MIN_NS; /* the probe found nothing */
+    else
+        waiter->spin_ns = waiter->spin_ns / 2 > SPIN_MIN_NS ? waiter->spin_ns / 2 : SPIN_MIN_NS;
 }
 
 static int sleep_ns(uint64_t ns) {

@@ -1,4 +1,4 @@
-# cython: language_level=3, binding=True
+# cython: language_level=3, binding=True, auto_pickle=False, autotestdict=False, nonecheck=True
 """Tensor messages: between torch / NumPy tensors and the bytes of a slot or of ZeroMQ frames."""
 
 from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release,
@@ -172,6 +172,8 @@ cdef int _describe_torch(object tensor, c.tsqp_tensor_desc *desc, Source *source
         raise e.RankError(f"a tensor of {ndim} dimensions can't be sent; at most {c.TSQP_MAX_NDIM} are allowed")
     if tensor.layout is not torch.strided:
         raise e.MessageError(f"a {tensor.layout} tensor can't be sent; convert it with to_dense()")
+    if tensor.is_neg():  # its memory holds the values with the other sign
+        raise e.MessageError("a lazily negated view can't be sent; call resolve_neg() first")
     desc.dtype = code
     desc.ndim = <uint8_t>ndim
     for i in range(ndim):
@@ -275,10 +277,12 @@ cdef class Lease:
         """Gives the slot back to the sender."""
         if self.open:
             self.open = False
+            self.ring.segment.usable()  # a forked child must not release what its parent will
             check(c.tsqp_ring_release(self.ring.ptr, &self.slot))
 
     def __dealloc__(self):
-        if self.open and self.ring is not None and self.ring.ptr != NULL:
+        cdef Segment segment = self.ring.segment if self.ring is not None else None
+        if self.open and segment is not None and segment.ptr != NULL and self.ring.ptr != NULL:
             c.tsqp_ring_release(self.ring.ptr, &self.slot)
 
 
@@ -423,17 +427,17 @@ cdef class Codec:
         """Bytes of the planned message before its payload."""
         return c.tsqp_message_head_bytes(&self.out.header)
 
-    def make_contiguous(self, list tensors):
+    def make_contiguous(self, tensors):
         """Packs the strided tensors of the planned message privately; returns what must be kept alive."""
         cdef TensorBytes packed
-        kept = []
-        for i in range(len(tensors)):
+        kept = list(tensors)
+        for i in range(len(kept)):
             if not self.sources[i].contiguous:
                 packed = TensorBytes.__new__(TensorBytes)
                 self._pack_private(i, packed)
                 self.sources[i].data = packed.data
                 self.sources[i].contiguous = True
-                kept.append(packed)
+                kept[i] = packed
         return kept
 
     def assemble(self, Message message, uint64_t max_bytes):

@@ -2,8 +2,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from typing_extensions import disjoint_base
+
+__pyx_capi__: dict[str, object]
 WAIT_MODES: dict[str, int]
 
+@disjoint_base
 class Segment:
     @staticmethod
     def create(max_chunk_bytes: int, max_chunks: int, ring_count: int, name: str | None = None) -> Segment: ...
@@ -30,6 +34,7 @@ class Segment:
     def close_end(self) -> None: ...
     def peer_silent_s(self) -> float: ...
 
+@disjoint_base
 class Ring:
     liveness: Callable[[], str | None] | None
     def __init__(
@@ -38,7 +43,7 @@ class Ring:
         index: int,
         producer: bool,
         wait: str = "auto",
-        spin_us: float = 50,
+        spin_us: float = 100,
         futex: bool = True,
     ) -> None: ...
     @property
@@ -49,8 +54,9 @@ class Ring:
     def ready(self) -> bool: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class Doorbell:
-    def __init__(self, spin_us: float = 50, futex: bool = True, wait: str = "auto") -> None: ...
+    def __init__(self, spin_us: float = 100, futex: bool = True, wait: str = "auto") -> None: ...
     def ring(self) -> None: ...
     def set_futex(self, futex: bool) -> None: ...
     def wait(self, rings: list[Ring], timeout: float | None) -> bool: ...
@@ -61,6 +67,7 @@ class RingHandle(NamedTuple):
     name: str
     session: bytes
 
+@disjoint_base
 class ShmRingBuffer:
     def __init__(
         self,
@@ -71,7 +78,7 @@ class ShmRingBuffer:
         *,
         create: bool | None = None,
         wait: str = "auto",
-        spin_us: float = 50.0,
+        spin_us: float = 100.0,
     ) -> None: ...
     def handle(self) -> RingHandle: ...
     @property

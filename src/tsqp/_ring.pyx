@@ -1,4 +1,4 @@
-# cython: language_level=3, binding=True
+# cython: language_level=3, binding=True, auto_pickle=False, autotestdict=False, nonecheck=True
 """Shared-memory segments and rings: arguments, buffers, the GIL and errors. The algorithms are in csrc/."""
 
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -43,8 +43,8 @@ _ERRORS = {
     c.TSQP_BAD_MAGIC: (e.SegmentFormatError, "{what} does not start with tsqp's magic; it is no tsqp segment"),
     c.TSQP_BAD_VERSION: (e.SegmentVersionError, "{what} was laid out by another version of tsqp; "
                                                 "use one version at both ends"),
-    c.TSQP_BAD_GEOMETRY: (e.SegmentGeometryError, "{what} does not have the geometry given (64 bytes to 1 TiB a slot, "
-                                                  "1 to 1024 slots, the same at both ends); pass its handle() on"),
+    c.TSQP_BAD_GEOMETRY: (e.SegmentGeometryError, "{what} can't have this geometry: a slot has 64 bytes to 1 TiB, a ring "
+                                                  "1 to 1024 slots, and both ends name the same"),
     c.TSQP_TRUNCATED: (e.SegmentTruncatedError, "the file of {what} is shorter than its geometry needs; "
                                                 "it was cut or is still being created"),
     c.TSQP_NO_MEMORY: (MemoryError, "no memory left for {what}"),
@@ -225,7 +225,7 @@ cdef class Ring:
     def __cinit__(self):
         self.ptr = NULL
 
-    def __init__(self, Segment segment, unsigned index, bint producer, str wait="auto", double spin_us=50,
+    def __init__(self, Segment segment, unsigned index, bint producer, str wait="auto", double spin_us=100,
                  bint futex=True):
         segment.usable()
         if wait not in WAIT_MODES:
@@ -338,7 +338,7 @@ cdef class Doorbell:
     cdef c.tsqp_waiter waiter
     cdef uint64_t seen
 
-    def __init__(self, double spin_us=50, bint futex=True, str wait="auto"):
+    def __init__(self, double spin_us=100, bint futex=True, str wait="auto"):
         self.bell.count = 0
         self.bell.waiting = 0
         self.seen = 0
@@ -447,6 +447,7 @@ cdef class _Acquired:
             # Somebody keeps an array over it: it pins the mapping, and its contents are stale from now on.
             self.view = None
         self.view = None
+        self.ring.segment.usable()  # a forked child must not publish or release what its parent will
         if not self.ring.is_producer:
             check(c.tsqp_ring_release(self.ring.ptr, &self.slot), "release")
         elif kind is not None:
@@ -484,7 +485,7 @@ cdef class ShmRingBuffer:
     cdef bint _closed
 
     def __init__(self, max_chunk_bytes=10 << 20, max_chunks=10, name=None, session=None, *, create=None,
-                 wait="auto", spin_us=50.0):
+                 wait="auto", spin_us=100.0):
         if wait not in WAIT_MODES:
             raise e.ConfigError(f"wait={wait!r} is none of {', '.join(WAIT_MODES)}")
         for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
@@ -581,6 +582,9 @@ cdef class ShmRingBuffer:
         for producer in (True, False):
             Ring(self.segment, 0, producer).close()
         self.segment.unlink()
+
+    def __reduce__(self):
+        raise TypeError("a ShmRingBuffer can't be pickled; pass its handle() and attach with ShmRingBuffer(*handle)")
 
     def __enter__(self):
         return self

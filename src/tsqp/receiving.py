@@ -7,7 +7,7 @@ from collections import deque
 
 from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Codec, Lease, Message, deadline_ns
 from ._ring import Ring
-from .errors import ProtocolError, WaitTimeoutError
+from .errors import PeerDiedError, ProtocolError, WaitTimeoutError
 from .links import Link
 
 #: A deadline that has passed: take what is there.
@@ -90,6 +90,7 @@ class Receiver:
             return self._held(self._next(NOW_NS))
         leased = self._codec.lease(self._ring, NOW_NS)
         if leased is None:
+            self._check_alive(self._ring)
             return None
         if not leased.message.flags & _OUT_OF_SLOT:
             return self._count_lease(leased)
@@ -125,6 +126,7 @@ class Receiver:
             if self._awaited is not None or self._ring is None:
                 return self._next_from_link(deadline)
             if deadline == NOW_NS and not self._ring.ready():
+                self._check_alive(self._ring)
                 return None
             if self._assembly is not None:
                 if self._feed(self._assembly, deadline):
@@ -136,6 +138,12 @@ class Receiver:
                 self.ring_bytes += message.nbytes
                 return message
             self._begin(message)
+
+    def _check_alive(self, ring: Ring) -> None:
+        """An empty ring whose writer is gone stays empty."""
+        reason = self._link.dead()
+        if reason and not ring.ready():
+            raise PeerDiedError(f"{self._peer} died: {reason}")
 
     def _begin(self, note: Message) -> None:
         """`note` said where the message really is."""

@@ -9,10 +9,14 @@ from typing import Any
 
 from ._message import Codec, deadline_ns, give_up
 from ._ring import Ring
+from .errors import WaitTimeoutError
 from .links import Link
+from .receiving import NOW_NS
 
 #: A tile small enough to be still in cache when the peer copies it out, large enough to make its cost vanish.
 TILE_BYTES = 1 << 20
+#: How long a flush that must not block waits for a reader that keeps up.
+PATIENCE_S = 0.001
 
 
 class Sender:
@@ -30,59 +34,81 @@ class Sender:
         self._tile_bytes = TILE_BYTES if ring is None else min(TILE_BYTES, ring.segment.max_chunk_bytes // 64 * 64)
         self._codec = Codec()
         self._sequence = 0  # of messages over ZeroMQ
-        self._unfinished = False  # a tiled message was broken off
+        self._tail: _Tail | None = None
+        self._broken_off = False  # the receiver waits for tiles that will not come
 
     def send(
         self, tensors: Sequence[Any], meta: bytes, fields: tuple[int, ...], timeout: float | None, transfer: bool
     ) -> int:
         """Sends one message and returns its bytes. `fields`: tag, flags, request_id, status, site, index,
         compute_ns, queue_ns."""
-        total = self._codec.plan(tensors, meta, *fields)
+        deadline = deadline_ns(timeout)
         ring = self._ring
+        if ring is not None and (self._tail is not None or self._broken_off or not ring.ready()):
+            self._clear(ring, deadline)
+        total = self._codec.plan(tensors, meta, *fields)
         if ring is not None and total < self._threshold:
-            deadline = deadline_ns(timeout)
-            if self._unfinished or not ring.ready():
-                self._clear(ring, deadline)
             self._codec.write(ring, meta, deadline)
-            self.ring_count += 1
-            self.ring_bytes += total
-        elif (
-            self._tiled
-            and ring is not None
-            and self._send_tiled(ring, list(tensors), meta, deadline_ns(timeout), total)
-        ):
-            self.ring_count += 1
-            self.ring_bytes += total
+            self._count_ring(total)
+        elif ring is not None and self._tiled and self._codec.planned_head_bytes <= ring.segment.max_chunk_bytes:
+            self._codec.write_tiled_head(ring, meta, deadline)
+            self._tail = _Tail(self._codec.make_contiguous(tensors), total - self._codec.planned_head_bytes)
+            self._broken_off = True
+            self._count_ring(total)
+            # What was given away can follow later; what the caller may change must be gone when this returns.
+            self.flush(NOW_NS if transfer else deadline)
         else:
-            self._send_link(tensors, meta, deadline_ns(timeout), transfer)
+            self._send_link(tensors, meta, deadline, transfer)
             self.zmq_count += 1
             self.zmq_bytes += total
         return total
 
+    @property
+    def unfinished(self) -> bool:
+        """True while tiles of a message that was given away are still to be written."""
+        return self._tail is not None
+
+    def flush(self, deadline: int) -> bool:
+        """Writes the tiles that are left: all of them before `deadline`, or with NOW_NS those there is room for.
+
+        Returns True when nothing is left. Raises like a send; the message is then broken off.
+        """
+        ring, tail = self._ring, self._tail
+        if tail is None or ring is None:
+            return True
+        waits = deadline != NOW_NS
+        try:
+            while tail.at < tail.nbytes:
+                if waits and not ring.ready():
+                    self._make_room(deadline)
+                nbytes = min(self._tile_bytes, tail.nbytes - tail.at)
+                self._codec.write_tile(ring, tail.at, nbytes, deadline if waits else deadline_ns(PATIENCE_S))
+                tail.at += nbytes
+            self._broken_off = False
+        except WaitTimeoutError:
+            if waits:
+                raise
+            return False
+        finally:
+            if waits or not self._broken_off:
+                self._tail = None
+        return True
+
+    def _count_ring(self, nbytes: int) -> None:
+        self.ring_count += 1
+        self.ring_bytes += nbytes
+
     def _clear(self, ring: Ring, deadline: int) -> None:
-        """Makes sure of a free slot, and that the receiver does not wait for the rest of a broken-off message."""
+        """Makes sure of a free slot, and that the receiver does not wait for the rest of another message."""
+        if self._tail is not None:
+            self.flush(deadline)
         if not ring.ready():
             self._make_room(deadline)
-        if self._unfinished:
+        if self._broken_off:
             give_up(ring, deadline)
-            self._unfinished = False
-            self._clear(ring, deadline)
-
-    def _send_tiled(self, ring: Ring, tensors: list[Any], meta: bytes, deadline: int, total: int) -> bool:
-        if self._unfinished or not ring.ready():
-            self._clear(ring, deadline)
-        kept = self._codec.make_contiguous(tensors)
-        if not self._codec.write_tiled_head(ring, meta, deadline):
-            return False
-        self._unfinished = True
-        payload = total - self._codec.planned_head_bytes
-        for start in range(0, payload, self._tile_bytes):
+            self._broken_off = False
             if not ring.ready():
                 self._make_room(deadline)
-            self._codec.write_tile(ring, start, min(self._tile_bytes, payload - start), deadline)
-        self._unfinished = False
-        del kept
-        return True
 
     def _send_link(self, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
         head = self._codec.head_bytes(meta)
@@ -90,10 +116,15 @@ class Sender:
         sequence = self._sequence
         self._sequence += 1
         if self._ring is not None:
-            if self._unfinished or not self._ring.ready():
-                self._clear(self._ring, deadline)
             self._codec.announce(self._ring, deadline).publish(sequence)
         self._link.send(head, frames, sequence, deadline / 1e9, transfer)
+
+
+class _Tail:
+    """The payload of a tiled message on its way: how far it got, and what must live until it is through."""
+
+    def __init__(self, kept: list[Any], nbytes: int) -> None:
+        self.kept, self.nbytes, self.at = kept, nbytes, 0
 
 
 def seconds_until(deadline: int) -> float:

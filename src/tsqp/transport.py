@@ -16,9 +16,17 @@ from . import handshake as hs
 from ._message import Lease, Message, deadline_ns, pack_meta
 from ._ring import Doorbell, Ring, Segment
 from .config import parse_endpoint
-from .errors import ClosedError, ConfigError, ConnectError, EndpointError, ProtocolError, WaitTimeoutError
+from .errors import (
+    ClosedError,
+    ConfigError,
+    ConnectError,
+    EndpointError,
+    PeerDiedError,
+    ProtocolError,
+    WaitTimeoutError,
+)
 from .links import ClientLink, Link
-from .receiving import HeldMessage, Receiver
+from .receiving import NOW_NS, HeldMessage, Receiver
 from .sending import Sender, seconds_until
 
 #: A server can't make a client map more than this.
@@ -102,7 +110,7 @@ class Channel:
             flags: 24 bits for the user; status, site, index, compute_ns, queue_ns: header fields of RPC.
             timeout: seconds; None waits for ever, but notices a dead peer.
             transfer: the caller gives the tensors away and never changes them: a large message need not be
-                waited for.
+                waited for. The rest of a tiled one is written by later calls, :meth:`can_send` among them.
 
         Returns:
             the message's bytes on the wire.
@@ -128,7 +136,7 @@ class Channel:
             try:
                 while receiver.read_ahead():
                     pass
-            except ClosedError:
+            except (ClosedError, PeerDiedError):
                 return  # the wait for the slot will say so
             finally:
                 receiver.lock.release()
@@ -164,26 +172,33 @@ class Channel:
     def recv_nowait(self, lease: bool = True) -> Lease | HeldMessage | None:
         """Like :meth:`lease` (``lease=False``: a private copy in the same wrapper) but None where no whole message
         is there yet."""
-        self._begin_receive(None)
+        self._begin_receive(0.0)
         try:
             return self._receiver.take(lease)
         finally:
             self._receiver.lock.release()
 
     def poll(self) -> bool:
-        """True if there is something to receive (perhaps only a part of a message) or the peer is gone."""
+        """True if there is something to receive (perhaps only a part of a message), room for the rest of a large
+        message that was given away, or the peer is gone."""
+        if self._sender.unfinished and self._tx is not None:
+            return self._tx.ready() or bool(self._link.dead())
         return self._receiver.ready()
 
     @property
     def wait_ring(self) -> Ring | None:
-        """The ring whose next message ends a wait on this channel; None while ZeroMQ is what it waits for."""
-        return self._receiver.wait_ring
+        """The ring whose next change makes :meth:`poll` true; None while ZeroMQ is what it waits for."""
+        return self._tx if self._sender.unfinished else self._receiver.wait_ring
 
     def _begin_receive(self, timeout: float | None) -> int:
         """Takes the receive lock; returns the deadline in monotonic ns."""
         if self._closed:
             raise ClosedError(f"the channel to {self.peer} is closed; connect again")
         deadline = deadline_ns(timeout)
+        while self._sender.unfinished:  # the peer may wait for the rest before it says anything
+            with self._sender.lock:
+                if self._sender.flush(NOW_NS) or seconds_until(deadline) <= 0:
+                    break
         lock = self._receiver.lock
         if not lock.acquire(blocking=False) and not lock.acquire(timeout=-1 if timeout is None else timeout):
             raise WaitTimeoutError(f"another thread is receiving from {self.peer}; wait for it")
@@ -192,12 +207,26 @@ class Channel:
     # ---- the rest ----
 
     def can_send(self, n: int = 1) -> bool:
-        """True if `n` messages could be sent now without waiting for the peer to read."""
+        """True if `n` messages could be sent now without waiting for the peer to read, or the peer is gone, so that
+        waiting would be in vain. Writes what is left of a large message given away, as far as there is room."""
         if self._closed:
             return False
-        if self._tx is not None and self._tx.free_slots() < n:
+        if self._link.dead():
+            return True
+        if self._tx is None:
+            return self._link.can_send()
+        if self._sender.unfinished:
+            with self._sender.lock:
+                if not self._sender.flush(NOW_NS):
+                    return False
+        if not (self._tx.ready() if n == 1 else self._tx.free_slots() >= n):
             return False
         return self._link.can_send()
+
+    @property
+    def sending(self) -> bool:
+        """True while a part of a large message that was given away is still to be written."""
+        return self._sender.unfinished
 
     @property
     def closed(self) -> bool:
@@ -280,7 +309,7 @@ def connect(
     shm: bool = True,
     large: str = "zmq",
     wait: str = "auto",
-    spin_us: float = 50.0,
+    spin_us: float = 100.0,
 ) -> Channel:
     """Connects to a :func:`tsqp.listen` endpoint.
 

@@ -1,0 +1,314 @@
+"""Processes for the tests to talk to: the other end of a ring or a channel, to be killed, stopped or forgotten.
+
+They come from a fork server that has torch loaded, so that one costs milliseconds. Parent and peer tell each
+other what they did over a pipe: ``Peer.say``/``Peer.hear`` here, ``wire.send``/``wire.recv`` there.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from random import Random
+from typing import Any
+
+#: Longer than anything here takes; a wait that gets there has failed.
+PATIENCE_S = 30.0
+#: A peer whose parent forgot it ends by itself.
+LIFE_S = 200.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["pytest", "torch", "numpy", "tsqp.listener", "tsqp.transport"])
+
+
+def fork_server_pid() -> int | None:
+    """The process that peers are forked from, once there is one."""
+    return multiprocessing.forkserver._forkserver._forkserver_pid
+
+
+class Peer:
+    """A process that runs ``target(wire, *arguments)``."""
+
+    def __init__(self, target: Callable[..., object], *arguments: object, env: Mapping[str, str] | None = None) -> None:
+        self._wire, theirs = _context.Pipe()
+        self.process = _context.Process(target=_run, args=(theirs, dict(env or {}), target, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pid: int = self.process.pid
+
+    def say(self, value: Any) -> None:
+        self._wire.send(value)
+
+    def hear(self) -> Any:
+        """What the peer says next; an exception there is raised here."""
+        if not self._wire.poll(PATIENCE_S):
+            raise AssertionError(f"the peer process {self.pid} says nothing")
+        value = self._wire.recv()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Calls a method of the object that :func:`obey` runs there, and returns its result."""
+        self.say((name, *arguments))
+        return self.hear()
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits until it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.join(PATIENCE_S)
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def join(self) -> int | None:
+        """Waits for its end and returns the exit code."""
+        self.process.join(PATIENCE_S)
+        return self.process.exitcode
+
+    def end(self) -> None:
+        """Kills it if it still runs, and gives everything back."""
+        if self.process.is_alive():
+            self.kill()
+        self.process.join(PATIENCE_S)
+        self.process.close()
+        self._wire.close()
+
+
+def _run(wire: Connection, env: Mapping[str, str], target: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    faulthandler.dump_traceback_later(LIFE_S, exit=True)
+    os.environ.update(env)
+    try:
+        target(wire, *arguments)
+    except BaseException as error:  # noqa: BLE001 (the parent raises it)
+        wire.send(error)
+    wire.close()
+
+
+def obey(wire: Connection, make: Callable[..., Any], *arguments: Any) -> None:
+    """Makes an object and calls its methods as the parent asks; exceptions go back to the parent."""
+    servant = make(*arguments)
+    wire.send("made")
+    while True:
+        name, *rest = wire.recv()
+        try:
+            wire.send(getattr(servant, name)(*rest))
+        except BaseException as error:  # noqa: BLE001 (the parent raises it)
+            wire.send(error)
+
+
+class RingEnd:
+    """One end of a :class:`tsqp.ShmRingBuffer`: attached by its handle, or made here."""
+
+    def __init__(self, handle: Any = None, geometry: tuple[int, int] = (4096, 4), **options: Any) -> None:
+        from tsqp import ShmRingBuffer
+
+        self.ring = ShmRingBuffer(*(handle or geometry), **options)
+
+    def handle(self) -> Any:
+        return self.ring.handle()
+
+    def write(self, *messages: bytes) -> int:
+        for data in messages:
+            with self.ring.acquire_write(PATIENCE_S, len(data)) as view:
+                view[:] = data
+        return len(messages)
+
+    def read(self, timeout: float | None = PATIENCE_S) -> bytes:
+        with self.ring.acquire_read(timeout) as view:
+            return bytes(view)
+
+    def open_write(self, data: bytes) -> None:
+        """Fills a slot and leaves it unpublished."""
+        self.acquired = self.ring.acquire_write(PATIENCE_S)
+        self.acquired.__enter__()[: len(data)] = data
+
+    def close(self) -> None:
+        self.ring.close()
+
+    def fork_and_sleep(self) -> int:
+        """A child that inherits everything and does nothing."""
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        return pid
+
+    def leave(self) -> None:
+        """Ends the process without closing anything."""
+        os._exit(3)
+
+
+def ring_end(wire: Connection, *arguments: Any) -> None:
+    obey(wire, RingEnd, *arguments)
+
+
+def stream_to_ring(wire: Connection, handle: Any, seed: int, count: int) -> None:
+    """Writes `count` messages of random length, each filled with one value, as fast as the ring takes them."""
+    from tsqp import ShmRingBuffer
+
+    random = Random(seed)
+    with ShmRingBuffer(*handle) as ring:
+        for number in range(count):
+            nbytes = random.randrange(8, ring.max_chunk_bytes)
+            with ring.acquire_write(PATIENCE_S, nbytes) as view:
+                view[:] = bytes([number % 251]) * nbytes
+
+
+def wait_for_ever(wire: Connection, handle: Any, role: str, wait: str) -> None:
+    """Waits without a deadline, the writer with every slot full; says how that ended, then goes on."""
+    from tsqp import ShmRingBuffer
+
+    ring = ShmRingBuffer(*handle, wait=wait)
+    for _ in range(ring.max_chunks if role == "writer" else 0):
+        with ring.acquire_write(0, 0):
+            pass
+
+    def acquire(timeout: float | None = None) -> str:
+        with ring.acquire_read(timeout) if role == "reader" else ring.acquire_write(timeout, 0):
+            return "acquired"
+
+    wire.send("waiting")
+    try:
+        wire.send(acquire())
+    except KeyboardInterrupt:
+        wire.send("interrupted")
+    wire.send(acquire(PATIENCE_S))
+
+
+def fork_uses_ring(wire: Connection, handle: Any) -> None:
+    """Forks while a write and a read are open; the child tries everything with what it inherited, then exits."""
+    from tsqp import ShmRingBuffer
+    from tsqp.errors import RingUsageError
+
+    made = ShmRingBuffer(4096, 4)
+    attached = ShmRingBuffer(*handle)
+    loop = ShmRingBuffer(*made.handle())
+    for data in (b"one", b"two"):
+        with made.acquire_write(0, 3) as view:
+            view[:] = data
+    outcomes: list[str] = []
+
+    def attempt(name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+            outcomes.append(f"{name}: done")
+        except RingUsageError as error:
+            outcomes.append(f"{name}: {'fork' if 'fork' in str(error) else error}")
+
+    pid = -1
+    writing, reading = attached.acquire_write(0, 6), loop.acquire_read(0)
+    view = writing.__enter__()
+    reading.__enter__()
+    pid = os.fork()
+    if pid == 0:
+        attempt("end write", lambda: writing.__exit__(None, None, None))
+        attempt("end read", lambda: reading.__exit__(None, None, None))
+        attempt("write", lambda: made.acquire_write(0).__enter__())
+        attempt("read", lambda: loop.acquire_read(0).__enter__())
+        attempt("handle", made.handle)
+        attempt("unlink", made.unlink)
+        made.close()
+        attached.close()
+        del made, attached, loop, writing, reading
+        wire.send(outcomes)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    # The parent goes on as if nothing had been.
+    view[:] = b"parent"
+    writing.__exit__(None, None, None)
+    reading.__exit__(None, None, None)
+    with loop.acquire_read(0) as second:
+        wire.send((bytes(second), os.path.exists(f"{os.environ['TSQP_SHM_DIR']}/{made.name}")))
+    wire.recv()
+    for ring in (made, attached, loop):
+        ring.close()
+
+
+def become_nobody_and_attach(wire: Connection, handle: Any) -> None:
+    os.setuid(65534)
+    RingEnd(handle)
+    wire.send("attached")
+
+
+def spawned_writer(handle: Any, data: bytes) -> None:
+    """For `multiprocessing` with its spawn method: the handle travels by pickle."""
+    end = RingEnd(handle)
+    end.write(data)
+    end.close()
+
+
+def hold_segment(wire: Connection, name: str | None = None) -> None:
+    """Makes a segment and sleeps."""
+    end = RingEnd(None, name=name, create=True)
+    wire.send(end.ring.name)
+    signal.pause()
+
+
+def _mutate(data: bytes, random: Random) -> bytes:
+    """A few bytes, words or the length of a message changed."""
+    changed = bytearray(data)
+    for _ in range(random.choice([1, 1, 1, 2, 3, 8])):
+        kind, at = random.randrange(4), random.randrange(len(changed))
+        if kind == 0:
+            changed[at] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            changed[at] = random.choice([0, 1, 8, 9, 14, 15, 127, 128, 255])
+        elif kind == 2:
+            at &= ~7
+            changed[at : at + 8] = random.choice(
+                [0, 1, 64, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+            ).to_bytes(8, "little")
+        else:
+            changed = changed[:at] or bytearray(1)
+    return bytes(changed)
+
+
+def _look_at(end: Any, random: Random, originals: list[bytes]) -> str:
+    from tsqp.errors import TsqpError
+
+    data = _mutate(random.choice(originals), random)
+    end.put(data)
+    try:
+        message = end.read() if random.random() < 0.5 else end.lease()
+        taken = sum(tensor.numel() * tensor.element_size() for tensor in message.tensors)
+        assert taken <= len(data), f"{taken} bytes of tensors out of {len(data)}"
+        _ = message.meta
+    except TsqpError:
+        return "refused"
+    return "valid"
+
+
+def mutate_messages(wire: Connection, count: int, seed: int) -> None:
+    """Decodes mutated messages; says how many were refused or valid, and lists everything else."""
+    import resource
+
+    from wire_bytes import raw, reader
+
+    random = Random(seed)
+    originals = [
+        raw().pack(),
+        raw(meta=b"\x82\xa1x\x01\xa1y\xa3abc").pack(),
+        raw((2, 3)).pack(),
+        raw((0, 4), (), (2, 2, 2), meta=b"\x80").pack(),
+        raw(*[(i % 4, i % 3) for i in range(20)], meta=b"\x81\xa1x\xc4\x64" + bytes(100)).pack(),
+    ]
+    outcomes: dict[str, Any] = {"refused": 0, "valid": 0, "wrong": []}
+    with reader(1 << 14, 3) as end, open("/proc/self/statm") as statm:
+        allowed = int(statm.read().split()[0]) * resource.getpagesize() + (256 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+        for _ in range(count):
+            try:
+                outcomes[_look_at(end, random, originals)] += 1
+            except BaseException as error:  # noqa: BLE001 (reported)
+                outcomes["wrong"].append(repr(error))
+    wire.send(outcomes)
