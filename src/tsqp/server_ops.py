@@ -1,0 +1,348 @@
+"""The operators of the server: each checks one request completely, then computes its reply.
+
+A request comes from an untrusted client. Its tensors are views into memory that client can write, so what is
+used to index (token ids, batch rows) is copied before it is checked; the values of activations decide
+nothing. A fault is a :class:`RemoteError` with its status and one sentence that holds no tensor values.
+Nothing changes before every check and the computation have passed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import model_info
+from .errors import ConfigError, MetaError, RemoteError
+from .loading import ServedModel, ServedModule
+from .protocol import (
+    FLOAT_DTYPES,
+    FLOAT_NAMES,
+    MAX_MODULES_PER_CALL,
+    MAX_RANK,
+    Method,
+    Status,
+    matmul_elements,
+    matmul_shape,
+    shown,
+)
+from .sessions import Session
+
+Reply = tuple[list[torch.Tensor], dict[str, Any] | None]
+#: Distinct metas remembered, and the bytes of the longest one remembered: a client can send any number of
+#: them.
+_CACHED_METAS = 4096
+_CACHED_META_BYTES = 1024
+_FLOATS = frozenset(FLOAT_NAMES)
+
+
+class Operators:
+    """The method whitelist of a server: ``handlers`` maps a message's tag to what answers it.
+
+    A handler takes the client's session and the request message and returns the reply's tensors (on the CPU,
+    in the request's wire dtype) and meta. Computation is in the model's dtype.
+    """
+
+    def __init__(self, served: ServedModel, reply_limit_bytes: int) -> None:
+        self._served = served
+        self._device = served.device
+        self._on_cpu = served.device.type == "cpu"
+        self._dtype = served.dtype
+        self._reply_limit_bytes = reply_limit_bytes
+        self._resolved: dict[tuple[int, bytes], Any] = {}
+        self._init_reply = model_info.pack(served.info)
+        self._head = served.modules.get(served.info.lm_head)
+        self._probe = _probe(served)
+        self._started = time.monotonic()
+        self.handlers: dict[int, Callable[[Session, Any], Reply]] = {
+            int(Method.INIT): self.init,
+            int(Method.EMBEDDING): self.embedding,
+            int(Method.BATCH_LINEAR): self.batch_linear,
+            int(Method.MATMUL): self.matmul,
+            int(Method.LM_HEAD): self.lm_head,
+            int(Method.ATTENTION_SCORES): self.attention_scores,
+            int(Method.ATTENTION_VALUES): self.attention_values,
+            int(Method.PING): self.ping,
+            int(Method.STATS): self.stats,
+            int(Method.DROP_CACHE): self.drop_cache,
+        }
+
+    # --- handlers ------------------------------------------------------------------------------------------
+
+    def init(self, session: Session, msg: Any) -> Reply:
+        """The description of the model and its trusted parameters (see ``model_info``)."""
+        _tensors(msg, 0)
+        return self._init_reply, None
+
+    def embedding(self, session: Session, msg: Any) -> Reply:
+        """ids int64 [..] to rows of the embedding [.., out], in the dtype the meta names."""
+        module, wire = self._cached(msg, self._embedding_target)
+        (ids,) = _tensors(msg, 1)
+        if ids.dtype is not torch.int64:
+            raise RemoteError(f"token ids are {ids.dtype}; send torch.int64", Status.BAD_DTYPE)
+        info = module.info
+        self._check_reply(ids.numel() * info.out_features, wire, ids.dim() + 1)
+        ids = ids.clone()
+        if ids.numel():
+            low, high = ids.aminmax()
+            if int(low) < 0 or int(high) >= info.in_features:
+                raise RemoteError(
+                    f"a token id is outside 0..{info.in_features - 1}; is the tokenizer the model's?",
+                    Status.BAD_REQUEST,
+                )
+        return [self._out(module.call(ids if self._on_cpu else ids.to(self._device)), wire)], None
+
+    def batch_linear(self, session: Session, msg: Any) -> Reply:
+        """h [.., in] through one or several linear modules, each to [.., out_i]."""
+        modules, width, outs = self._cached(msg, self._linear_targets)
+        (h,) = _tensors(msg, 1)
+        return self._linear(h, modules, width, outs), None
+
+    def lm_head(self, session: Session, msg: Any) -> Reply:
+        """h [.., in] through the model's output embedding to [.., vocab]."""
+        head = self._head
+        if head is None:
+            raise RemoteError("the model has no LM head", Status.UNKNOWN_MODULE)
+        (h,) = _tensors(msg, 1)
+        return self._linear(h, (head,), head.info.in_features, head.info.out_features), None
+
+    def matmul(self, session: Session, msg: Any) -> Reply:
+        """a, b to ``torch.matmul(a, b)``, batch dimensions broadcast."""
+        a, b = _tensors(msg, 2)
+        wire = _wire_dtype(a, b)
+        try:
+            shape = matmul_shape(a.shape, b.shape)
+        except ConfigError as error:
+            raise RemoteError(str(error), Status.BAD_SHAPE) from None
+        self._check_reply(matmul_elements(a.shape, b.shape, shape), wire, len(shape))
+        return [self._out(torch.matmul(self._in(a), self._in(b)), wire)], None
+
+    def attention_scores(self, session: Session, msg: Any) -> Reply:
+        """Updates the layer's K and V, then q [B, H, Q, D] to q·Kᵀ [B, H, Q, S], unscaled.
+
+        The H query heads share Hkv kv heads in groups of H/Hkv neighbours; K is not repeated, the group's
+        queries are stacked along Q instead.
+        """
+        layer, keep, drop, reorder = self._scores_meta(msg)
+        q, k_new, v_new, *rest = _tensors(msg, 4 if reorder else 3)
+        wire = _wire_dtype(q, k_new, v_new)
+        self._check_heads(q, k_new, v_new)
+        index = self._row_index(rest[0], q.shape[0]) if reorder else None
+        k, v = self._in(k_new), self._in(v_new)
+        held = session.layer(layer)
+        kept = keep if keep is not None else max((held.length if held else 0) - drop, 0)
+        self._check_reply(math.prod(q.shape[:3]) * (kept + k.shape[2]), wire, 4)
+        cache = session.planned(layer, k, v, keep=keep, drop=drop, batch_index=index)
+        batch, heads, queries, dim = q.shape
+        kv_heads = session.geometry.kv_heads
+        stacked = self._in(q).reshape(batch * kv_heads, heads // kv_heads * queries, dim)
+        scores = torch.bmm(stacked, cache.k.transpose(1, 2)).view(batch, heads, queries, cache.length)
+        reply = [self._out(scores, wire)]
+        session.commit(layer, cache)
+        return reply, None
+
+    def attention_values(self, session: Session, msg: Any) -> Reply:
+        """probs [B, H, Q, S] times the layer's V to [B, H, Q, D]."""
+        layer = self._cached(msg, self._layer_target)
+        (probs,) = _tensors(msg, 1)
+        wire = _wire_dtype(probs)
+        cache = session.layer(layer)
+        if cache is None:
+            raise RemoteError(f"layer {layer} holds no V; send attention scores first", Status.BAD_REQUEST)
+        geometry = session.geometry
+        shape = tuple(probs.shape)
+        if len(shape) != 4 or (*shape[:2], shape[3]) != (cache.batch, geometry.heads, cache.length):
+            raise RemoteError(
+                f"attention weights of layer {layer} have shape {list(shape)}, "
+                f"expected [{cache.batch}, {geometry.heads}, queries, {cache.length}]",
+                Status.BAD_SHAPE,
+            )
+        batch, heads, queries, length = shape
+        self._check_reply(batch * heads * queries * geometry.head_dim, wire, 4)
+        kv_heads = geometry.kv_heads
+        stacked = self._in(probs).reshape(batch * kv_heads, heads // kv_heads * queries, length)
+        values = torch.bmm(stacked, cache.v).view(batch, heads, queries, geometry.head_dim)
+        return [self._out(values, wire)], None
+
+    def drop_cache(self, session: Session, msg: Any) -> Reply:
+        """Forgets this client's K and V."""
+        _tensors(msg, 0)
+        session.drop_cache()
+        return [], None
+
+    def ping(self, session: Session, msg: Any) -> Reply:
+        """A real operation, so that an answer says that the device works: one vector through the smallest module."""
+        _tensors(msg, 0)
+        module, probe = self._probe
+        module.call(probe).cpu()
+        return [], None
+
+    def stats(self, session: Session, msg: Any) -> Reply:
+        """Numbers of this client's own connection only: other clients' are none of its business."""
+        _tensors(msg, 0)
+        return [], {
+            "requests": session.requests,
+            "errors": session.errors,
+            "kv_bytes": session.kv_bytes,
+            "kv_limit_bytes": session.kv_limit_bytes,
+            "uptime_seconds": time.monotonic() - self._started,
+        }
+
+    # --- targets named by a meta ---------------------------------------------------------------------------
+
+    def _cached(self, msg: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
+        """What the request's meta names, resolved once per distinct meta."""
+        key = (msg.tag, msg.meta_bytes)
+        found = self._resolved.get(key)
+        if found is None:
+            found = resolve(_meta(msg))
+            if len(key[1]) <= _CACHED_META_BYTES:
+                if len(self._resolved) >= _CACHED_METAS:
+                    self._resolved.clear()
+                self._resolved[key] = found
+        return found
+
+    def _linear_targets(self, meta: dict[str, Any]) -> Any:
+        names = meta.get("modules")
+        if not isinstance(names, list) or not 1 <= len(names) <= MAX_MODULES_PER_CALL:
+            raise RemoteError(f"meta 'modules' is no list of 1 to {MAX_MODULES_PER_CALL} names", Status.BAD_REQUEST)
+        try:
+            full = self._served.table.resolve(names, meta.get("layer"))
+        except ConfigError as error:
+            raise RemoteError(str(error), Status.UNKNOWN_MODULE) from None
+        modules = tuple(self._served.modules[name] for name in full)
+        widths = {module.info.in_features for module in modules}
+        if len(widths) > 1:
+            raise RemoteError(f"the modules take different inputs: {sorted(widths)} features", Status.BAD_SHAPE)
+        return modules, widths.pop(), sum(module.info.out_features for module in modules)
+
+    def _embedding_target(self, meta: dict[str, Any]) -> Any:
+        wire = meta.get("dtype")
+        if not isinstance(wire, str) or wire not in FLOAT_DTYPES:
+            raise RemoteError(f"dtype {shown(wire)} is none of {', '.join(FLOAT_DTYPES)}", Status.BAD_DTYPE)
+        try:
+            name = self._served.table.embedding(meta.get("module"))
+        except ConfigError as error:
+            raise RemoteError(str(error), Status.UNKNOWN_MODULE) from None
+        return self._served.modules[name], FLOAT_DTYPES[wire]
+
+    def _layer_target(self, meta: dict[str, Any]) -> int:
+        layer = meta.get("layer")
+        try:
+            self._served.table.check_layer(layer)
+        except ConfigError as error:
+            raise RemoteError(str(error), Status.UNKNOWN_MODULE) from None
+        return layer  # type: ignore[return-value]
+
+    def _scores_meta(self, msg: Any) -> tuple[int, int | None, int, bool]:
+        # Not remembered by its bytes: "keep" grows with every token.
+        meta = _meta(msg)
+        layer = self._layer_target(meta)
+        keep, drop = meta.get("keep"), meta.get("drop", 0)
+        if keep is not None and (type(keep) is not int or keep < 0):
+            raise RemoteError(f"meta 'keep' is {shown(keep)}, expected a number of positions", Status.BAD_REQUEST)
+        if type(drop) is not int or drop < 0:
+            raise RemoteError(f"meta 'drop' is {shown(drop)}, expected a number of positions", Status.BAD_REQUEST)
+        return layer, keep, drop, meta.get("reorder") is True
+
+    # --- checks and conversions ----------------------------------------------------------------------------
+
+    def _linear(self, h: torch.Tensor, modules: tuple[ServedModule, ...], width: int, outs: int) -> list[torch.Tensor]:
+        wire = _wire_dtype(h)
+        shape = h.shape
+        if not shape or shape[-1] != width:
+            raise RemoteError(
+                f"input of {modules[0].name} has shape {list(shape)}, expected [.., {width}]",
+                Status.BAD_SHAPE,
+            )
+        self._check_reply(h.numel() // width * outs, wire, len(shape))
+        x = h if self._on_cpu else h.to(self._device)
+        # A test for the dtype costs less than torch's conversion that turns out to be none.
+        return [
+            self._out(module.call(x if x.dtype is module.dtype else x.to(module.dtype)), wire) for module in modules
+        ]
+
+    def _check_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        geometry = self._served.geometry
+        wanted = (("q", q, geometry.heads), ("k", k, geometry.kv_heads), ("v", v, geometry.kv_heads))
+        for name, tensor, heads in wanted:
+            shape = tensor.shape
+            if len(shape) != 4 or shape[1] != heads or shape[3] != geometry.head_dim or shape[0] < 1:
+                raise RemoteError(
+                    f"{name} has shape {list(shape)}, expected [batch, {heads}, count, {geometry.head_dim}]",
+                    Status.BAD_SHAPE,
+                )
+        if k.shape != v.shape or k.shape[0] != q.shape[0]:
+            raise RemoteError(
+                f"q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
+                "k and v need one shape, all three one batch",
+                Status.BAD_SHAPE,
+            )
+
+    def _row_index(self, index: torch.Tensor, batch: int) -> torch.Tensor:
+        if index.dtype is not torch.int64:
+            raise RemoteError(f"batch_index is {index.dtype}; send torch.int64", Status.BAD_DTYPE)
+        if tuple(index.shape) != (batch,):
+            raise RemoteError(f"batch_index has shape {list(index.shape)}, expected [{batch}]", Status.BAD_SHAPE)
+        return index.clone()
+
+    def _check_reply(self, elements: int, wire: torch.dtype, rank: int) -> None:
+        """Refuses what would be larger than the limit, in the wire's or the model's dtype, before computing it."""
+        if rank > MAX_RANK:
+            raise RemoteError(f"the result would have {rank} dimensions; a message holds {MAX_RANK}", Status.BAD_SHAPE)
+        nbytes = elements * max(wire.itemsize, self._dtype.itemsize)
+        if nbytes > self._reply_limit_bytes:
+            raise RemoteError(
+                f"the computation needs {nbytes} bytes for a result, the limit is {self._reply_limit_bytes}; "
+                "send fewer rows per request",
+                Status.LIMIT,
+            )
+
+    def _in(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._on_cpu and tensor.dtype is self._dtype:
+            return tensor
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def _out(self, tensor: torch.Tensor, wire: torch.dtype) -> torch.Tensor:
+        if self._on_cpu:
+            return tensor if tensor.dtype is wire else tensor.to(wire)
+        return tensor.to(device="cpu", dtype=wire)
+
+
+def _probe(served: ServedModel) -> tuple[ServedModule, torch.Tensor]:
+    """The smallest linear module (or else embedding) and one zero input for it."""
+    linear = [module for module in served.modules.values() if module.info.kind == "linear"]
+    if not linear:
+        return next(iter(served.modules.values())), torch.zeros(1, dtype=torch.int64, device=served.device)
+    module = min(linear, key=lambda candidate: candidate.info.in_features * candidate.info.out_features)
+    return module, torch.zeros(1, module.info.in_features, dtype=module.dtype, device=served.device)
+
+
+def _tensors(msg: Any, count: int) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor] = msg.tensors
+    if len(tensors) != count:
+        raise RemoteError(f"the request holds {len(tensors)} tensors, expected {count}", Status.BAD_REQUEST)
+    return tensors
+
+
+def _wire_dtype(first: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
+    wire = first.dtype
+    if wire not in _FLOATS:
+        raise RemoteError(f"activations are {wire}; send {', '.join(FLOAT_DTYPES)}", Status.BAD_DTYPE)
+    for other in others:
+        if other.dtype is not wire:
+            raise RemoteError(f"tensors of one request are {wire} and {other.dtype}; send one dtype", Status.BAD_DTYPE)
+    return wire
+
+
+def _meta(msg: Any) -> dict[str, Any]:
+    try:
+        meta = msg.meta
+    except MetaError as error:
+        raise RemoteError(f"the request's meta is unreadable: {error}", Status.BAD_REQUEST) from None
+    if not isinstance(meta, dict):
+        raise RemoteError("the request's meta is no mapping", Status.BAD_REQUEST)
+    return meta
