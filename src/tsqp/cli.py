@@ -1,0 +1,263 @@
+"""The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``clean``.
+
+Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
+that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
+standard error and a non-zero exit status.
+"""
+
+from __future__ import annotations
+
+import os
+
+# libgomp reads this when torch loads it. By default the worker threads of one process spin on the cores that
+# the process at the other end needs, which halves the speed of both.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__, config
+from . import cli_options as options
+from .cli_parts import (
+    check_prompt,
+    checkpoint,
+    load_tokenizer,
+    one_line,
+    print_runner_stats,
+    quiet_progress_bars,
+    sampling_arguments,
+    show_log,
+    split_model,
+    status,
+)
+from .errors import TsqpError
+from .placement import get_placement
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="tsqp",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with [bold]tsqp demo[/]: it needs no model, no GPU and no server.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tsqp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tsqp(
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Runs a transformers language model split between a trusted runner and a server that owns the GPU.
+
+    The runner owns the prompt, the sampling and the cheap operators; the server computes the big matrix
+    products. Tensors travel through shared memory.
+    """
+
+
+@app.command(epilog="Example: [bold]tsqp serve --model ~/Llama-3.2-1B --device cuda:0 --dtype bfloat16[/]")
+def serve(
+    *,
+    model: options.Model = None,
+    endpoint: options.Endpoint = None,
+    device: options.Device = None,
+    dtype: options.ServerDtype = None,
+    max_chunk_bytes: options.MaxChunkBytes = None,
+    max_chunks: options.MaxChunks = None,
+    max_clients: options.MaxClients = 16,
+    threads: options.Threads = None,
+) -> None:
+    """Serves the heavy operators of a model until Ctrl-C or SIGTERM, then prints transfer statistics."""
+    path = checkpoint(model)
+    where = endpoint or config.default_endpoint()
+    config.parse_endpoint(where)
+    with status("loading torch and transformers", plain=True) as tell:
+        from .server import GPUServer
+
+        quiet_progress_bars()
+        server = GPUServer(
+            path,
+            where,
+            device=device or config.device(),
+            dtype=dtype or config.dtype(),
+            max_chunk_bytes=max_chunk_bytes,
+            max_chunks=max_chunks,
+            max_clients=max_clients,
+            threads=threads,
+            progress=tell,
+        )
+    show_log()
+    server.serve()
+
+
+@app.command(epilog='Example: [bold]tsqp generate --prompt "And the king said" --max-new-tokens 40[/]')
+def generate(
+    *,
+    prompt: options.Prompt,
+    max_new_tokens: options.MaxNewTokens = 64,
+    placement: options.Placement = "ops",
+    model: options.Model = None,
+    endpoint: options.Endpoint = None,
+    sample: options.Sample = False,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    dtype: options.RunnerDtype = "auto",
+    wire_dtype: options.WireDtype = "auto",
+    threads: options.Threads = None,
+    stats: options.Stats = False,
+) -> None:
+    """Continues a prompt with the model a server serves, and prints the text as it comes.
+
+    Needs a running [bold]tsqp serve[/] (except with --placement local). --model is the checkpoint that is
+    served: the runner reads its config and tokenizer, not its weights.
+    """
+    path = checkpoint(model)
+    sampling = sampling_arguments(sample, temperature, seed)
+    with split_model(path, endpoint, placement=placement, dtype=dtype, wire_dtype=wire_dtype, threads=threads) as split:
+        import torch
+        from transformers import TextStreamer
+
+        tokenizer = load_tokenizer(path)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        check_prompt(inputs["input_ids"], split, path)
+        if seed is not None:
+            torch.manual_seed(seed)
+        print(prompt, end="", flush=True)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        split.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        if stats:
+            print_runner_stats(split)
+
+
+@app.command(epilog="Example: [bold]tsqp prefill --tokens 512 --placement linear --repeat 10[/]")
+def prefill(
+    *,
+    tokens: options.Tokens = 1024,
+    placement: options.Placement = "ops",
+    repeat: options.Repeat = 5,
+    model: options.Model = None,
+    endpoint: options.Endpoint = None,
+    dtype: options.RunnerDtype = "auto",
+    wire_dtype: options.WireDtype = "auto",
+    threads: options.Threads = None,
+    stats: options.Stats = False,
+) -> None:
+    """Times the prefill of a random prompt: seconds, tokens per second, round trips, bytes per carrier.
+
+    Needs a running [bold]tsqp serve[/] (except with --placement local).
+    """
+    path = checkpoint(model)
+    with split_model(path, endpoint, placement=placement, dtype=dtype, wire_dtype=wire_dtype, threads=threads) as split:
+        from .prefill import format_prefill, time_prefill
+
+        with status(f"timing {repeat} prefills of {tokens} tokens"):
+            runs = time_prefill(split, tokens, repeat)
+        print(format_prefill(runs, get_placement(placement)))
+        if stats:
+            print_runner_stats(split)
+
+
+@app.command(epilog='Example: [bold]tsqp demo --prompt "In the beginning" --placement linear[/]')
+def demo(
+    *,
+    prompt: options.DemoPrompt = None,
+    max_new_tokens: options.MaxNewTokens = 48,
+    placement: options.Placement = "ops",
+) -> None:
+    """Shows the whole system at work on the embedded model, with nothing to set up.
+
+    Starts a server process, generates text with the split model, then again with stock transformers in one
+    process, and compares tokens and logits. Leaves with status 1 if the tokens differ.
+    """
+    chosen = get_placement(placement)
+    from .demo import PROMPT
+    from .demo.server_process import termination_raises
+
+    with termination_raises():
+        with status("loading torch and transformers") as tell:
+            from .demo.compare import print_comparison, run_demo
+
+            quiet_progress_bars()
+            result = run_demo(PROMPT if prompt is None else prompt, max_new_tokens, chosen, tell)
+        print_comparison(result, Console())
+    if not result.tokens_equal:
+        raise TsqpError("the split model's tokens differ from those of stock transformers, which is a fault of tsqp")
+
+
+@app.command(epilog="Example: [bold]tsqp clean --yes[/]")
+def clean(*, yes: options.Yes = False) -> None:
+    """Lists, or removes, shared-memory segments that servers left behind when they were killed.
+
+    Only segments of tsqp whose owner is no longer alive are touched.
+    """
+    from .segments import leftovers, reap
+
+    found = leftovers()
+    for segment in found:
+        print(f"{segment.name}  {segment.nbytes} bytes  of process {segment.pid}, which is gone")
+    if not found:
+        print("nothing left behind")
+    elif yes:
+        print(f"removed them: {reap(found)} bytes freed")
+    else:
+        total = sum(segment.nbytes for segment in found)
+        print(f"{len(found)} segments, {total} bytes; remove them with: tsqp clean --yes")
+
+
+# --- entry --------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command and leaves: status 0, 1 for an error, 2 for wrong options, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _run(argv or ["--help"])
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left (tsqp generate | head); nobody is there to read a message either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_ERROR
+    except Exception as error:
+        if "--debug" in argv and not hasattr(error, "format_message"):
+            raise
+        code = _report(error, argv)
+    sys.exit(code)
+
+
+def _run(argv: list[str]) -> int:
+    """Lets typer parse and call; returns the status of a ``typer.Exit``, else 0."""
+    command = typer.main.get_command(app)
+    result = command.main(argv, prog_name="tsqp", standalone_mode=False)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: Exception, argv: list[str]) -> int:
+    """Prints one sentence on the standard error for any exception; returns the exit status."""
+    usage = getattr(error, "format_message", None)  # only typer's usage errors have it, whatever their class
+    if usage is not None:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "tsqp"
+        text, code = f"{usage()} ('{command} --help' lists the options)", EXIT_USAGE
+    elif isinstance(error, TsqpError):
+        text, code = one_line(error), EXIT_ERROR
+    else:
+        again = f"'tsqp --debug {' '.join(argv)}' shows where"
+        text, code = f"unexpected {type(error).__name__}: {one_line(error)} ({again})", EXIT_ERROR
+    print(f"tsqp: {text}", file=sys.stderr)
+    return code

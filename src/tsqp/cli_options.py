@@ -1,0 +1,115 @@
+"""The options that commands share: type, name of the value and help text of each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .placement import PLACEMENTS
+
+_DTYPES = "auto|float32|bfloat16|float16"
+
+Placement = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(PLACEMENTS),
+        help="Which operators run on the server. "
+        + " ".join(f"{name}: {placement.summary}." for name, placement in PLACEMENTS.items()),
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        show_default=False,
+        help="Directory of a local transformers checkpoint (config, weights, tokenizer). "
+        "Default: $LLAMA_MODEL_PATH, else the embedded demo model.",
+    ),
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ENDPOINT",
+        show_default=False,
+        help="Where the server listens: ipc:///path/to.sock or tcp://127.0.0.1:5555. "
+        "Default: $LLAMA_IPC_PATH, else a socket in your own runtime directory.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        show_default=False,
+        help="cpu, cuda:0, ... Default: $LLAMA_GPU_DEVICE, else the first GPU, else the CPU.",
+    ),
+]
+ServerDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar=_DTYPES,
+        show_default=False,
+        help="Precision the model is loaded in. Default: $LLAMA_DTYPE, else auto, the checkpoint's own.",
+    ),
+]
+RunnerDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar=_DTYPES,
+        help="Precision in which the runner computes. auto: the server's; placement local: the checkpoint's.",
+    ),
+]
+WireDtype = Annotated[
+    str, typer.Option(metavar=_DTYPES, help="Precision in which tensors travel; auto is the model's own.")
+]
+MaxChunkBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=64,
+        max=1 << 40,
+        metavar="BYTES",
+        show_default=False,
+        help="Size of a ring's slot; a message of this size or more goes over ZeroMQ. "
+        "Default: $TSQP_MAX_SHM_CHUNK_BYTES, else 10 MiB.",
+    ),
+]
+MaxChunks = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        metavar="N",
+        show_default=False,
+        help="Slots per ring. Default: $TSQP_SHM_MAX_CHUNKS, else 10.",
+    ),
+]
+MaxClients = Annotated[int, typer.Option(min=1, metavar="N", help="Runners connected at the same time.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", show_default=False, help="CPU threads of torch. Default: torch's choice."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")]
+Prompt = Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")]
+DemoPrompt = Annotated[
+    str | None,
+    typer.Option("--prompt", metavar="TEXT", show_default=False, help="Text to continue instead of the built-in one."),
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw each token at random instead of taking the likeliest.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        show_default=False,
+        help="With --sample: below 1 likely tokens come more often, above 1 less often.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", show_default=False, help="Makes --sample repeatable."),
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print transfer and operator statistics at the end.")]
+Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")]
+Repeat = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs, after one that is not counted.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Remove them; without this they are only listed.")]
