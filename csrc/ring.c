@@ -71,7 +71,7 @@ int tsqp_ring_open(struct tsqp_segment *segment, unsigned index, enum tsqp_role 
     ring->entries = (struct tsqp_entry *)(segment->base + tsqp_entries_offset(&segment->geometry, index));
     ring->slots = segment->base + tsqp_slots_offset(&segment->geometry, index);
     ring->role = role;
-    tsqp_waiter_init(&ring->waiter, TSQP_WAIT_AUTO, 100000, true);
+    tsqp_waiter_init(&ring->waiter, TSQP_WAIT_AUTO, 400000, true);
     tsqp_segment_retain(segment);
     ring->segment = segment;
     *out = ring;
@@ -218,7 +218,9 @@ int tsqp_ring_try_read(struct tsqp_ring *ring, struct tsqp_slot *out) {
 
 int tsqp_ring_release(struct tsqp_ring *ring, const struct tsqp_slot *slot) {
     uint64_t i = slot->ticket % ring->count;
-    if (ring->role != TSQP_CONSUMER || slot->ticket >= ring->next || !ring->leased[i])
+    /* A ticket of an earlier lap must not release the lease that has its entry now. */
+    bool current = slot->ticket < ring->next && ring->next - slot->ticket <= ring->count;
+    if (ring->role != TSQP_CONSUMER || !current || !ring->leased[i])
         return TSQP_USAGE;
     struct tsqp_entry *entry = &ring->entries[i];
     ring->leased[i] = 0;

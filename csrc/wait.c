@@ -18,7 +18,9 @@
 #endif
 
 #define SPIN_MIN_NS UINT64_C(1000)
-#define PROBE_EVERY 16u
+#define PURE_SPIN_NS UINT64_C(30000)
+#define PROBE_EVERY 8u
+#define PROBE_REACH 3u
 #define SPINS_PER_CLOCK_READ 32
 #define YIELDS 8
 #define POLL_YIELDS 200 /* measured to be right inside Gramine, where a sleep leaves the enclave */
@@ -67,33 +69,38 @@ static bool any_closed(const struct tsqp_watch *watches, size_t count) {
     return false;
 }
 
-static bool spin(const struct tsqp_watch *watches, size_t count, uint64_t start, uint64_t budget_ns) {
+/* The first microseconds are spent on the word alone. After them each look is followed by a yield: it costs
+ * nothing where the core has no other work, and gives way where the peer computes on it. Going to sleep
+ * instead would let the core halt, and waking it costs more than most answers take. */
+static bool spin(const struct tsqp_watch *watches, size_t count, uint64_t start, uint64_t budget_ns,
+                 bool yields) {
+    uint64_t waited;
     do {
         for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
             if (any_ready(watches, count))
                 return true;
             cpu_relax();
         }
-    } while (tsqp_now_ns() - start < budget_ns);
+        waited = tsqp_now_ns() - start;
+        if (yields && waited > PURE_SPIN_NS)
+            sched_yield();
+    } while (waited < budget_ns);
     return false;
 }
 
-/* Spinning is worth its core only while the peer answers within spin_max: a wait that ended in time restores the
- * whole budget, one that did not halves it. Where both ends block, the wake-ups alone make every wait too long, and
- * neither would find back: so every PROBE_EVERY-th wait spins in full. */
+/* Spinning is worth its core only while the peer answers within spin_max: a wait that ended in time restores
+ * the whole budget, one that did not halves it. Where both ends block, the wake-ups alone can make every wait
+ * too long and neither would find back: so while waits are not much too long, every PROBE_EVERY-th one spins
+ * in full. */
 static void learn(struct tsqp_waiter *waiter, uint64_t waited_ns) {
+    uint64_t budget = waiter->spin_ns / 2;
     if (waited_ns <= waiter->spin_max_ns) {
-        waiter->spin_ns = waiter->spin_max_ns;
         waiter->misses = 0;
-        return;
+        budget = waiter->spin_max_ns;
+    } else if (++waiter->misses % PROBE_EVERY == 0 && waited_ns < PROBE_REACH * waiter->spin_max_ns) {
+        budget = waiter->spin_max_ns;
     }
-    waiter->misses++;
-    if (waiter->misses % PROBE_EVERY == 0)
-        waiter->spin_ns = waiter->spin_max_ns;
-    else if (waiter->misses % PROBE_EVERY == 1 && waiter->misses > 1)
-        waiter->spin_ns = SPIN_MIN_NS; /* the probe found nothing */
-    else
-        waiter->spin_ns = waiter->spin_ns / 2 > SPIN_MIN_NS ? waiter->spin_ns / 2 : SPIN_MIN_NS;
+    waiter->spin_ns = budget > SPIN_MIN_NS ? budget : SPIN_MIN_NS;
 }
 
 static int sleep_ns(uint64_t ns) {
@@ -169,7 +176,8 @@ static bool spin_and_yield(struct tsqp_waiter *waiter, const struct tsqp_watch *
         spin_ns = slice_ns;
     else if (waiter->mode == TSQP_WAIT_BLOCK)
         spin_ns = 0;
-    if (spin(watches, count, start, spin_ns < slice_ns ? spin_ns : slice_ns))
+    bool gives_way = waiter->mode != TSQP_WAIT_SPIN;
+    if (spin(watches, count, start, spin_ns < slice_ns ? spin_ns : slice_ns, gives_way))
         return true;
     if (waiter->mode == TSQP_WAIT_SPIN)
         return false;

@@ -43,7 +43,7 @@ class Ring:
         index: int,
         producer: bool,
         wait: str = "auto",
-        spin_us: float = 100,
+        spin_us: float = 400,
         futex: bool = True,
     ) -> None: ...
     @property
@@ -56,7 +56,7 @@ class Ring:
 
 @disjoint_base
 class Doorbell:
-    def __init__(self, spin_us: float = 100, futex: bool = True, wait: str = "auto") -> None: ...
+    def __init__(self, spin_us: float = 400, futex: bool = True, wait: str = "auto") -> None: ...
     def ring(self) -> None: ...
     def set_futex(self, futex: bool) -> None: ...
     def wait(self, rings: list[Ring], timeout: float | None) -> bool: ...
@@ -78,7 +78,7 @@ class ShmRingBuffer:
         *,
         create: bool | None = None,
         wait: str = "auto",
-        spin_us: float = 100.0,
+        spin_us: float = 400.0,
     ) -> None: ...
     def handle(self) -> RingHandle: ...
     @property

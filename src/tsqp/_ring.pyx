@@ -225,7 +225,7 @@ cdef class Ring:
     def __cinit__(self):
         self.ptr = NULL
 
-    def __init__(self, Segment segment, unsigned index, bint producer, str wait="auto", double spin_us=100,
+    def __init__(self, Segment segment, unsigned index, bint producer, str wait="auto", double spin_us=400,
                  bint futex=True):
         segment.usable()
         if wait not in WAIT_MODES:
@@ -338,7 +338,7 @@ cdef class Doorbell:
     cdef c.tsqp_waiter waiter
     cdef uint64_t seen
 
-    def __init__(self, double spin_us=100, bint futex=True, str wait="auto"):
+    def __init__(self, double spin_us=400, bint futex=True, str wait="auto"):
         self.bell.count = 0
         self.bell.waiting = 0
         self.seen = 0
@@ -485,7 +485,7 @@ cdef class ShmRingBuffer:
     cdef bint _closed
 
     def __init__(self, max_chunk_bytes=10 << 20, max_chunks=10, name=None, session=None, *, create=None,
-                 wait="auto", spin_us=100.0):
+                 wait="auto", spin_us=400.0):
         if wait not in WAIT_MODES:
             raise e.ConfigError(f"wait={wait!r} is none of {', '.join(WAIT_MODES)}")
         for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):

@@ -112,7 +112,7 @@ class Listener:
         shm_name: str | None = None,
         large: str = "zmq",
         wait: str = "auto",
-        spin_us: float = 100.0,
+        spin_us: float = 400.0,
         max_inbox_bytes: int = 4 << 30,
     ) -> None:
         parsed = parse_endpoint(endpoint)
@@ -439,7 +439,7 @@ def listen(
     shm_name: str | None = None,
     large: str = "zmq",
     wait: str = "auto",
-    spin_us: float = 100.0,
+    spin_us: float = 400.0,
     max_inbox_bytes: int = 4 << 30,
 ) -> Listener:
     """Listens for tensor channels on ``ipc:///path`` or ``tcp://address:port`` (port 0: any free one).

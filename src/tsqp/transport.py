@@ -309,7 +309,7 @@ def connect(
     shm: bool = True,
     large: str = "zmq",
     wait: str = "auto",
-    spin_us: float = 100.0,
+    spin_us: float = 400.0,
 ) -> Channel:
     """Connects to a :func:`tsqp.listen` endpoint.
 
