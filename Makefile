@@ -59,8 +59,10 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check 'iceoryx2>=0.8'
 	$(BIN)/python -m benchmarks.transport
 
+# The sdist, and the wheel built from it: what a user gets from an index.
 wheel: $(VENV)/.deps
-	$(BIN)/pip wheel --no-deps -w dist .
+	$(BIN)/pip install -q --disable-pip-version-check build
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
 	rm -rf build dist .venv

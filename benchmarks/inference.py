@@ -251,6 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark, prints the table, saves the JSON."""
     args = parse(argv)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file has no width of its own
     results = run(args, console)
     report(results, args, console)
     args.json.parent.mkdir(parents=True, exist_ok=True)
