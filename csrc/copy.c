@@ -57,7 +57,8 @@ __attribute__((constructor)) static void choose_copy(void) {
 
 #else
 
-typedef uint64_t __attribute__((may_alias, aligned(1))) word_unaligned;
+/* Volatile: the compiler may neither merge these into a memcpy nor load a word twice. */
+typedef volatile uint64_t __attribute__((may_alias, aligned(1))) word_unaligned;
 
 static void copy_blocks(uint8_t *dst, const uint8_t *src, size_t blocks) {
     for (; blocks > 0; blocks--, dst += 64, src += 64)

@@ -14,10 +14,15 @@
 #include <unistd.h>
 
 #define PATH_BYTES 512
+#ifdef __linux__
+#define DEFAULT_DIRECTORY "/dev/shm"
+#else
+#define DEFAULT_DIRECTORY "/tmp" /* a mapped file: macOS has no shared-memory file system */
+#endif
 
 const char *tsqp_shm_directory(void) {
     const char *directory = getenv("TSQP_SHM_DIR");
-    return directory && *directory ? directory : "/dev/shm";
+    return directory && *directory ? directory : DEFAULT_DIRECTORY;
 }
 
 /* ---- geometry ---- */
