@@ -18,7 +18,7 @@
 #endif
 
 #define SPIN_MIN_NS UINT64_C(1000)
-#define PURE_SPIN_NS UINT64_C(30000)
+#define PURE_SPIN_NS UINT64_C(5000)
 #define PROBE_EVERY 8u
 #define PROBE_REACH 3u
 #define SPINS_PER_CLOCK_READ 32
@@ -64,7 +64,7 @@ static bool any_ready(const struct tsqp_watch *watches, size_t count) {
 
 static bool any_closed(const struct tsqp_watch *watches, size_t count) {
     for (size_t i = 0; i < count; i++)
-        if (watches[i].closed && tsqp_load_acquire(watches[i].closed) != 0)
+        if (watches[i].closed && tsqp_load_seq_cst(watches[i].closed) != 0)
             return true;
     return false;
 }
@@ -117,12 +117,18 @@ static int poll_once(struct tsqp_waiter *waiter, uint64_t left_ns) {
 }
 
 #ifdef __linux__
-static int futex_one(const struct tsqp_watch *watch, uint64_t left_ns) {
+/* A kernel or a sandbox without the call must not turn the wait into a busy loop. */
+static int futex_result(long rc, bool *unsupported) {
+    *unsupported = rc == -1 && errno != EINTR && errno != EAGAIN && errno != ETIMEDOUT;
+    return rc == -1 && errno == EINTR ? TSQP_INTERRUPTED : TSQP_OK;
+}
+
+static int futex_one(const struct tsqp_watch *watch, uint64_t left_ns, bool *unsupported) {
     struct timespec ts = {.tv_sec = (time_t)(left_ns / 1000000000u),
                           .tv_nsec = (long)(left_ns % 1000000000u)};
     /* The futex is the low half of the word; little-endian puts it first. */
     long rc = syscall(SYS_futex, watch->word, FUTEX_WAIT, (uint32_t)watch->idle, &ts, NULL, 0);
-    return rc == -1 && errno == EINTR ? TSQP_INTERRUPTED : TSQP_OK;
+    return futex_result(rc, unsupported);
 }
 
 static int futex_many(const struct tsqp_watch *watches, size_t count, uint64_t left_ns, bool *unsupported) {
@@ -139,8 +145,7 @@ static int futex_many(const struct tsqp_watch *watches, size_t count, uint64_t l
     uint64_t until = tsqp_now_ns() + left_ns;
     struct timespec ts = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
     long rc = syscall(SYS_futex_waitv, vec, (unsigned)count, 0u, &ts, CLOCK_MONOTONIC);
-    *unsupported = rc == -1 && errno == ENOSYS;
-    return rc == -1 && errno == EINTR ? TSQP_INTERRUPTED : TSQP_OK;
+    return futex_result(rc, unsupported);
 }
 #endif
 
@@ -152,8 +157,12 @@ static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watch
         for (size_t i = 0; i < count; i++)
             tsqp_store_seq_cst(watches[i].waiting, 1);
         int rc = TSQP_OK;
-        if (count == 1)
-            rc = futex_one(&watches[0], left_ns);
+        /* SYNC: the closer stores `closed`, then looks at `waiting`; we the other way round, both seq_cst:
+         * either it wakes us or we see it here. */
+        if (any_closed(watches, count))
+            ; /* the caller looks again */
+        else if (count == 1)
+            rc = futex_one(&watches[0], left_ns, &unsupported);
         else
             rc = futex_many(watches, count, left_ns, &unsupported);
         /* Whoever does not sleep any more saves the publisher a system call. */

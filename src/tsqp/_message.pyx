@@ -49,7 +49,9 @@ for _code, _name, _text in _DTYPES:
 cdef int FIRST_FLOAT8 = 13
 
 cdef object Tensor = torch.Tensor
-cdef object from_dlpack = torch.utils.dlpack.from_dlpack
+cdef object STRIDED = torch.strided
+# The public function is a Python wrapper for objects of every kind; for a capsule it ends in this one.
+cdef object from_dlpack = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
 
 _ERRORS = {
     c.TSQP_TOO_LARGE: (e.MessageTooLargeError, "the message is too large"),
@@ -170,7 +172,7 @@ cdef int _describe_torch(object tensor, c.tsqp_tensor_desc *desc, Source *source
         raise e.MessageError(f"a tensor on {tensor.device} can't be sent; move it to the CPU first")
     if ndim > c.TSQP_MAX_NDIM:
         raise e.RankError(f"a tensor of {ndim} dimensions can't be sent; at most {c.TSQP_MAX_NDIM} are allowed")
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not STRIDED:
         raise e.MessageError(f"a {tensor.layout} tensor can't be sent; convert it with to_dense()")
     if tensor.is_neg():  # its memory holds the values with the other sign
         raise e.MessageError("a lazily negated view can't be sent; call resolve_neg() first")

@@ -7,6 +7,8 @@ owns a DEALER socket; the server's links share the listener's ROUTER, which its 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import threading
 import time
 from collections import deque
@@ -26,6 +28,10 @@ MAX_FRAME_BYTES = 4 << 30
 #: A copy is cheaper than the bookkeeping of a borrowed buffer below this size.
 _COPY_BYTES = 1 << 16
 _FAREWELL_MS = 500
+#: What a message costs beside its bytes; without it a peer could fill the memory with empty ones.
+_MESSAGE_BYTES = 1 << 10
+#: What the client takes from libzmq ahead of its reader; the rest waits there and then at the server.
+_MAX_INBOX = 1000
 
 LargeMessage = tuple[int, Any, list[Any]]
 
@@ -77,8 +83,17 @@ def trackers(parts: Sequence[Any]) -> zmq.MessageTracker:
     return zmq.MessageTracker(*[p.tracker for p in parts if isinstance(p, zmq.Frame)])
 
 
+def cost(message: LargeMessage) -> int:
+    """Bytes of memory a queued message takes."""
+    return _MESSAGE_BYTES + len(message[1]) + sum(len(frame) for frame in message[2])
+
+
 class ClientLink:
-    """The client's DEALER socket. One lock: the calling threads use the socket themselves, there is no I/O thread."""
+    """The client's DEALER socket. One lock: the calling threads use the socket themselves, there is no I/O thread.
+
+    A ZeroMQ socket must not even be polled by a second thread, so waiting is done on its descriptor; whoever uses
+    the socket meanwhile may swallow the descriptor's edge, takes what came, and wakes the waiter by a pipe.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._lock = threading.RLock()
@@ -88,8 +103,15 @@ class ClientLink:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._reason: str | None = None
+        self._said_bye = False
         self._inbox: deque[LargeMessage] = deque()
         self._closed = False
+        self._waiting = 0
+        self._nobody_waits = threading.Condition(self._lock)
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        self._descriptors = (self._socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD), self._wake_r)
         self._socket.connect(endpoint)
 
     def say(self, kind: int, body: bytes) -> None:
@@ -114,13 +136,13 @@ class ClientLink:
         while True:
             with self._lock:
                 self._check_open()
+                reason = self._look()
+                self._check_peer(reason)
                 try:
                     self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
                     break
                 except zmq.Again:
-                    reason = self.dead()
-            if reason:
-                raise PeerDiedError(f"the server died: {reason}")
+                    pass
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError("the server takes no more large messages; wait longer or look at the server")
             time.sleep(0.001)
@@ -133,43 +155,68 @@ class ClientLink:
         while True:
             with self._lock:
                 self._check_open()
-                self._pump()
+                reason = self._look()
                 if self._inbox:
                     return self._inbox.popleft()
-                reason = self.dead()
-            if reason:
-                raise PeerDiedError(f"the server died: {reason}")
-            if time.monotonic() >= deadline:
-                return None
-            # Polling outside the lock: another thread may send meanwhile.
-            self._poll(slice_until(deadline))
+                self._check_peer(reason)
+                if time.monotonic() >= deadline:
+                    return None
+                self._waiting += 1
+            # Outside the lock: another thread may send meanwhile.
+            try:
+                self._wait(slice_until(deadline))
+            finally:
+                with self._lock:
+                    self._waiting -= 1
+                    self._nobody_waits.notify_all()
 
-    def _poll(self, seconds: float) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        poller.poll(max(1, int(seconds * 1000)))
+    def _wait(self, seconds: float) -> None:
+        poll = select.poll()
+        for descriptor in self._descriptors:
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(max(1, int(seconds * 1000)))
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_r, 4096)
+
+    def _wake(self) -> None:
+        if self._waiting:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_w, b"x")
+
+    def _look(self) -> str | None:
+        """Takes what came; returns why the server is known to be gone. What it sent before is in the inbox then."""
+        reason = self.dead()
+        self._pump()
+        return reason
+
+    def _check_peer(self, reason: str | None) -> None:
+        if self._said_bye:
+            raise ClosedError("the server closed the connection; connect again to go on")
+        if reason:
+            raise PeerDiedError(f"the server died: {reason}")
 
     def _pump(self) -> None:
         """Takes what libzmq has received; never blocks."""
-        while True:
+        while not self._said_bye and len(self._inbox) < _MAX_INBOX:
             try:
                 parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            self._wake()
             kind, sequence = hs.open_envelope(parts[0].buffer)
             if kind == hs.BYE:
-                raise ClosedError("the server closed the connection; connect again to go on")
-            if kind != hs.MESSAGE or len(parts) < 2:
+                self._said_bye = True
+            elif kind == hs.MESSAGE and len(parts) >= 2:
+                self._inbox.append((sequence, parts[1], parts[2:]))
+            else:
                 raise ProtocolError("the server sent something that is neither a message nor a goodbye")
-            self._inbox.append((sequence, parts[1], parts[2:]))
 
     def pending(self) -> bool:
         with self._lock:
             if self._closed:
                 return False
             self._pump()
-            return bool(self._inbox)
+            return bool(self._inbox) or self._said_bye
 
     def dead(self) -> str | None:
         """Why the server is known to be gone, or None. Cheap enough for every slice of a wait."""
@@ -191,11 +238,15 @@ class ClientLink:
             if self._closed:
                 return
             self._closed = True
+            self._wake()
+            self._nobody_waits.wait_for(lambda: self._waiting == 0)
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
             self._socket.disable_monitor()
             self._monitor.close(0)
             self._socket.close(0 if self._reason else _FAREWELL_MS)
+            os.close(self._wake_r)
+            os.close(self._wake_w)
         self._context.term()
 
 
@@ -219,7 +270,7 @@ class ServerLink:
 
     def deliver(self, message: LargeMessage) -> None:
         """Queues an arrived message; a client that floods is cut off."""
-        nbytes = sum(len(frame) for frame in message[2])
+        nbytes = cost(message)
         with self._arrived:
             if self._inbox_bytes + nbytes > self._max_inbox_bytes:
                 self.reason = f"it had more than {self._max_inbox_bytes} bytes of unread messages under way"
@@ -255,7 +306,7 @@ class ServerLink:
             while True:
                 if self._inbox:
                     message = self._inbox.popleft()
-                    self._inbox_bytes -= sum(len(frame) for frame in message[2])
+                    self._inbox_bytes -= cost(message)
                     return message
                 self._check_peer()
                 if time.monotonic() >= deadline:

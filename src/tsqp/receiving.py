@@ -64,7 +64,11 @@ class Receiver:
         """The next message in private memory. Raises WaitTimeoutError at `deadline` (monotonic ns)."""
         if self._ahead:
             return self._take_ahead()
-        message = self._next(deadline)
+        message = None
+        if self._ring is not None and self._awaited is None and self._assembly is None:
+            message = self._read_slot(self._ring, deadline)
+        if message is None:
+            message = self._next(deadline)
         if message is None:
             raise WaitTimeoutError(f"no message from {self._peer} before the deadline; it is connected: wait longer")
         return message
@@ -132,12 +136,19 @@ class Receiver:
                 if self._feed(self._assembly, deadline):
                     return self._finish(self._assembly)
                 continue
-            message = self._codec.read(self._ring, deadline)
-            if not message.flags & _OUT_OF_SLOT:
-                self.ring_count += 1
-                self.ring_bytes += message.nbytes
+            message = self._read_slot(self._ring, deadline)
+            if message is not None:
                 return message
+
+    def _read_slot(self, ring: Ring, deadline: int) -> Message | None:
+        """The message in the ring's next slot; None if the slot only says where a message is."""
+        message = self._codec.read(ring, deadline)
+        if message.flags & _OUT_OF_SLOT:
             self._begin(message)
+            return None
+        self.ring_count += 1
+        self.ring_bytes += message.nbytes
+        return message
 
     def _check_alive(self, ring: Ring) -> None:
         """An empty ring whose writer is gone stays empty."""

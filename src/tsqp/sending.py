@@ -35,6 +35,7 @@ class Sender:
         self._codec = Codec()
         self._sequence = 0  # of messages over ZeroMQ
         self._tail: _Tail | None = None
+        self.unfinished = False  # tiles of a message that was given away are still to be written
         self._broken_off = False  # the receiver waits for tiles that will not come
 
     def send(
@@ -44,7 +45,7 @@ class Sender:
         compute_ns, queue_ns."""
         deadline = deadline_ns(timeout)
         ring = self._ring
-        if ring is not None and (self._tail is not None or self._broken_off or not ring.ready()):
+        if ring is not None and (self._broken_off or not ring.ready()):
             self._clear(ring, deadline)
         total = self._codec.plan(tensors, meta, *fields)
         if ring is not None and total < self._threshold:
@@ -53,6 +54,7 @@ class Sender:
         elif ring is not None and self._tiled and self._codec.planned_head_bytes <= ring.segment.max_chunk_bytes:
             self._codec.write_tiled_head(ring, meta, deadline)
             self._tail = _Tail(self._codec.make_contiguous(tensors), total - self._codec.planned_head_bytes)
+            self.unfinished = True
             self._broken_off = True
             self._count_ring(total)
             # What was given away can follow later; what the caller may change must be gone when this returns.
@@ -62,11 +64,6 @@ class Sender:
             self.zmq_count += 1
             self.zmq_bytes += total
         return total
-
-    @property
-    def unfinished(self) -> bool:
-        """True while tiles of a message that was given away are still to be written."""
-        return self._tail is not None
 
     def flush(self, deadline: int) -> bool:
         """Writes the tiles that are left: all of them before `deadline`, or with NOW_NS those there is room for.
@@ -91,7 +88,7 @@ class Sender:
             return False
         finally:
             if waits or not self._broken_off:
-                self._tail = None
+                self._tail, self.unfinished = None, False
         return True
 
     def _count_ring(self, nbytes: int) -> None:

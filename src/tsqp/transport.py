@@ -7,6 +7,7 @@ carries them, and a reader waits in one place.
 from __future__ import annotations
 
 import atexit
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -154,7 +155,9 @@ class Channel:
         Raises WaitTimeoutError after `timeout` seconds (nothing is lost: a later call gets the message), ClosedError
         when the peer closed and all is read, PeerDiedError, MessageError where the peer sent rubbish, ProtocolError.
         """
-        deadline = self._begin_receive(timeout)
+        deadline = deadline_ns(timeout)
+        if self._closed or self._sender.unfinished or not self._receiver.lock.acquire(blocking=False):
+            self._begin_receive(deadline)
         try:
             return self._receiver.receive(deadline)
         finally:
@@ -163,7 +166,9 @@ class Channel:
     def lease(self, timeout: float | None = None) -> Lease | HeldMessage:
         """A ``with`` block over the next message; tensors of a ring message are views into its slot, valid inside
         the block only. Raises like :meth:`recv`."""
-        deadline = self._begin_receive(timeout)
+        deadline = deadline_ns(timeout)
+        if self._closed or self._sender.unfinished or not self._receiver.lock.acquire(blocking=False):
+            self._begin_receive(deadline)
         try:
             return self._receiver.lease(deadline)
         finally:
@@ -172,7 +177,8 @@ class Channel:
     def recv_nowait(self, lease: bool = True) -> Lease | HeldMessage | None:
         """Like :meth:`lease` (``lease=False``: a private copy in the same wrapper) but None where no whole message
         is there yet."""
-        self._begin_receive(0.0)
+        if self._closed or self._sender.unfinished or not self._receiver.lock.acquire(blocking=False):
+            self._begin_receive(NOW_NS)
         try:
             return self._receiver.take(lease)
         finally:
@@ -190,19 +196,17 @@ class Channel:
         """The ring whose next change makes :meth:`poll` true; None while ZeroMQ is what it waits for."""
         return self._tx if self._sender.unfinished else self._receiver.wait_ring
 
-    def _begin_receive(self, timeout: float | None) -> int:
-        """Takes the receive lock; returns the deadline in monotonic ns."""
+    def _begin_receive(self, deadline: int) -> None:
+        """Takes the receive lock where it was not to be had at once, or something has to be done before."""
         if self._closed:
             raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-        deadline = deadline_ns(timeout)
         while self._sender.unfinished:  # the peer may wait for the rest before it says anything
             with self._sender.lock:
                 if self._sender.flush(NOW_NS) or seconds_until(deadline) <= 0:
                     break
-        lock = self._receiver.lock
-        if not lock.acquire(blocking=False) and not lock.acquire(timeout=-1 if timeout is None else timeout):
+        left = min(max(0.0, seconds_until(deadline)), threading.TIMEOUT_MAX)
+        if not self._receiver.lock.acquire(timeout=left):
             raise WaitTimeoutError(f"another thread is receiving from {self.peer}; wait for it")
-        return deadline
 
     # ---- the rest ----
 
