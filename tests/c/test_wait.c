@@ -1,0 +1,239 @@
+/* Waits: what ends them, in each mode. No check on how long anything took; run.py has the watchdog. */
+#include "access.h"
+#include "check.h"
+#include "tsqp.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <time.h>
+
+#define MS UINT64_C(1000000)
+#define LONG_NS (UINT64_C(100000) * MS) /* never reached: the watchdog is shorter */
+
+static const enum tsqp_wait_mode MODES[] = {TSQP_WAIT_AUTO, TSQP_WAIT_SPIN, TSQP_WAIT_BLOCK, TSQP_WAIT_POLL};
+
+struct words {
+    _Alignas(64) uint64_t word, waiting, closed;
+};
+
+static struct tsqp_watch watch_of(struct words *words) {
+    return (struct tsqp_watch){&words->word, words->word, &words->waiting, &words->closed};
+}
+
+static struct tsqp_waiter waiter_of(enum tsqp_wait_mode mode, bool futex) {
+    struct tsqp_waiter waiter;
+    memset(&waiter, 0, sizeof waiter);
+    tsqp_waiter_init(&waiter, mode, 20000, futex);
+    return waiter;
+}
+
+/* Runs `check` with each mode, with and without a futex. */
+static void in_each_mode(void (*check)(struct tsqp_waiter *waiter)) {
+    for (size_t i = 0; i < sizeof MODES / sizeof MODES[0]; i++)
+        for (int futex = 0; futex < 2; futex++) {
+            struct tsqp_waiter waiter = waiter_of(MODES[i], futex);
+            check(&waiter);
+        }
+}
+
+static void sleep_ms(long ms) {
+    struct timespec ts = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000};
+    nanosleep(&ts, NULL);
+}
+
+/* ---- one thread ---- */
+
+static void check_ready(struct tsqp_waiter *waiter) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    tsqp_publish(&words.word, 1);
+    CHECK_EQ(tsqp_wait(waiter, &watch, 1, LONG_NS), TSQP_OK);
+    CHECK_EQ(tsqp_wait(waiter, &watch, 1, 0), TSQP_OK); /* even without time */
+}
+
+static void ready_word_ends_the_wait(void) {
+    in_each_mode(check_ready);
+}
+
+static void check_slice(struct tsqp_waiter *waiter) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    uint64_t start = tsqp_now_ns();
+    CHECK_EQ(tsqp_wait(waiter, &watch, 1, 3 * MS), TSQP_AGAIN);
+    CHECK(tsqp_now_ns() - start >= 3 * MS);
+    CHECK_EQ(tsqp_load_relaxed(&words.waiting), 0); /* no wake-up is asked for any more */
+    CHECK_EQ(tsqp_wait(waiter, &watch, 1, 0), TSQP_AGAIN);
+}
+
+static void slice_ends_the_wait_and_not_before(void) {
+    in_each_mode(check_slice);
+}
+
+static void check_closed(struct tsqp_waiter *waiter) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    words.closed = 1;
+    uint64_t slice = waiter->mode == TSQP_WAIT_SPIN ? MS : LONG_NS;
+    CHECK_EQ(tsqp_wait(waiter, &watch, 1, slice), TSQP_AGAIN);
+    tsqp_publish(&words.word, 1);
+    CHECK_EQ(tsqp_wait(waiter, &watch, 1, LONG_NS), TSQP_OK); /* what it published first still counts */
+}
+
+static void closed_word_ends_the_wait(void) {
+    in_each_mode(check_closed);
+}
+
+static void without_futex_auto_polls(void) {
+    CHECK_EQ(waiter_of(TSQP_WAIT_AUTO, false).mode, TSQP_WAIT_POLL);
+    CHECK_EQ(waiter_of(TSQP_WAIT_POLL, true).futex, false);
+}
+
+static void spin_budget_follows_what_waits_took(void) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
+    uint64_t full = waiter.spin_ns;
+    CHECK_EQ(full, 20000);
+    for (int i = 0; i < 12; i++)
+        CHECK_EQ(tsqp_wait(&waiter, &watch, 1, MS), TSQP_AGAIN);
+    CHECK(waiter.spin_ns < full / 4); /* an idle end hardly spins */
+    tsqp_publish(&words.word, 1);
+    for (int i = 0; i < 12; i++)
+        CHECK_EQ(tsqp_wait(&waiter, &watch, 1, MS), TSQP_OK);
+    CHECK_EQ(waiter.spin_ns, full);
+}
+
+/* ---- ended by another thread ---- */
+
+struct later {
+    struct words *words;
+    bool close;
+    struct tsqp_doorbell *bell;
+};
+
+static void *act_later(void *argument) {
+    struct later *later = argument;
+    sleep_ms(5);
+    if (later->bell) {
+        tsqp_doorbell_ring(later->bell);
+        return NULL;
+    }
+    if (later->close)
+        tsqp_store_seq_cst(&later->words->closed, 1);
+    else
+        tsqp_publish(&later->words->word, 1);
+    tsqp_wake(&later->words->word, &later->words->waiting, true);
+    return NULL;
+}
+
+static void check_woken(struct tsqp_waiter *waiter) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct later later = {.words = &words};
+    pthread_t thread;
+    CHECK_EQ(pthread_create(&thread, NULL, act_later, &later), 0);
+    int rc = tsqp_wait(waiter, &watch, 1, LONG_NS);
+    pthread_join(thread, NULL);
+    CHECK_EQ(rc, TSQP_OK);
+}
+
+static void publisher_wakes_the_waiter(void) {
+    in_each_mode(check_woken);
+}
+
+static void closer_wakes_the_waiter(void) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_BLOCK, true);
+    struct later later = {.words = &words, .close = true};
+    pthread_t thread;
+    CHECK_EQ(pthread_create(&thread, NULL, act_later, &later), 0);
+    int rc = tsqp_wait(&waiter, &watch, 1, LONG_NS);
+    pthread_join(thread, NULL);
+    CHECK_EQ(rc, TSQP_AGAIN);
+}
+
+static void wait_many(struct tsqp_waiter *waiter, unsigned count, bool ring_bell) {
+    static struct words all[200];
+    struct tsqp_watch watches[200];
+    struct tsqp_doorbell bell = {0};
+    memset(all, 0, sizeof all);
+    for (unsigned i = 0; i < count; i++)
+        watches[i] = watch_of(&all[i]);
+    watches[0] = (struct tsqp_watch){&bell.count, 0, &bell.waiting, NULL};
+    struct later later = {.words = &all[count - 1], .bell = ring_bell ? &bell : NULL};
+    pthread_t thread;
+    CHECK_EQ(pthread_create(&thread, NULL, act_later, &later), 0);
+    int rc = tsqp_wait(waiter, watches, count, LONG_NS);
+    pthread_join(thread, NULL);
+    CHECK_EQ(rc, TSQP_OK);
+    CHECK_EQ(tsqp_load_relaxed(&bell.count), ring_bell);
+}
+
+static void check_many(struct tsqp_waiter *waiter) {
+    static const unsigned counts[] = {2, 5, 128, 129, 200}; /* around the most one system call watches */
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++) {
+        wait_many(waiter, counts[i], false);
+        wait_many(waiter, counts[i], true);
+    }
+}
+
+static void any_of_many_words_or_the_bell_ends_the_wait(void) {
+    in_each_mode(check_many);
+}
+
+/* ---- signals ---- */
+
+static pthread_t signalled_thread;
+
+static void on_signal(int number) {
+    (void)number;
+}
+
+static void *signal_later(void *stop) {
+    while (!tsqp_load_acquire(stop)) { /* again and again: the first may come before the wait sleeps */
+        sleep_ms(3);
+        pthread_kill(signalled_thread, SIGUSR1);
+    }
+    return NULL;
+}
+
+static void signal_interrupts(enum tsqp_wait_mode mode, unsigned count) {
+    struct words words[3] = {{0}};
+    struct tsqp_watch watches[3] = {watch_of(&words[0]), watch_of(&words[1]), watch_of(&words[2])};
+    struct tsqp_waiter waiter = waiter_of(mode, true);
+    uint64_t stop = 0;
+    pthread_t thread;
+    signalled_thread = pthread_self();
+    CHECK_EQ(pthread_create(&thread, NULL, signal_later, &stop), 0);
+    int rc = tsqp_wait(&waiter, watches, count, LONG_NS);
+    tsqp_store_release(&stop, 1);
+    pthread_join(thread, NULL);
+    CHECK_EQ(rc, TSQP_INTERRUPTED);
+}
+
+static void signal_ends_the_wait(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    CHECK_EQ(sigaction(SIGUSR1, &action, NULL), 0);
+    signal_interrupts(TSQP_WAIT_AUTO, 1);
+    signal_interrupts(TSQP_WAIT_AUTO, 3);
+    signal_interrupts(TSQP_WAIT_BLOCK, 1);
+    signal_interrupts(TSQP_WAIT_BLOCK, 3);
+    signal_interrupts(TSQP_WAIT_POLL, 1);
+}
+
+int main(void) {
+    RUN(ready_word_ends_the_wait);
+    RUN(slice_ends_the_wait_and_not_before);
+    RUN(closed_word_ends_the_wait);
+    RUN(without_futex_auto_polls);
+    RUN(spin_budget_follows_what_waits_took);
+    RUN(publisher_wakes_the_waiter);
+    RUN(closer_wakes_the_waiter);
+    RUN(any_of_many_words_or_the_bell_ends_the_wait);
+    RUN(signal_ends_the_wait);
+    return check_result();
+}
