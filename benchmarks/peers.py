@@ -1,299 +1,213 @@
-"""The ways of moving a tensor that the echo benchmark compares, each behind the same two functions.
+"""Ways to get a tensor to another process and back: what they have in common, and their server processes.
 
-A peer's ``serve(address)`` runs in a child process and echoes until its connection ends; ``connect(address)`` returns
-an :class:`Echo`. Every echo starts and ends in private memory of the client: a torch tensor goes in, another comes
-back. The server holds no private copy where the transport allows it.
+A peer is a class with two halves. Its server half (:meth:`Peer.serve`) runs in a process of its own and sends every
+tensor back; an empty tensor ends it. Its client half (:meth:`Peer.connect`, :meth:`Peer.echo`) runs in the
+benchmark's process. What ``echo`` returns lies in private memory of the caller.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing.connection
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ClassVar
 
-import msgpack
-import numpy as np
 import torch
-import zmq
 
-import tsqp
+from . import machine
 
-from . import flag_ring
-
-_STOP = b"stop"
-
-
-class Echo(Protocol):
-    """A client of one peer."""
-
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor: ...
-    def close(self) -> None: ...
+START_S = 60.0
+STOP_S = 10.0
+SIGNALS_STOP = hasattr(signal, "SIGSTOP")
 
 
-@dataclass(frozen=True)
 class Peer:
-    """A transport by name; `available` is a reason why it can't run here, or ''."""
+    """One way to move a tensor. ``folder`` is the run's own, for sockets and names."""
 
-    name: str
-    serve: Callable[[str], None]
-    connect: Callable[[str], Echo]
-    available: str = ""
+    key: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    #: False: everything happens in the client's process.
+    has_server: ClassVar[bool] = True
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stack = contextlib.ExitStack()  # what :meth:`address` and :meth:`connect` took
 
-# ---- tsqp ----
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why this peer can't run here, or None."""
+        return None
 
+    def address(self) -> Any:
+        """What both halves need to find each other; picklable."""
+        return f"ipc://{self.folder / self.key}.sock"
 
-class _TsqpEcho:
-    def __init__(self, address: str, large: str) -> None:
-        self._channel = tsqp.connect(f"ipc://{address}/tsqp.sock", timeout=30.0, large=large)
+    @staticmethod
+    def serve(address: Any, ready: Callable[[], None]) -> None:
+        """Calls `ready`, then echoes until an empty tensor comes."""
+        raise NotImplementedError
 
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._channel.send((tensor,), timeout=30.0)
-        return self._channel.recv(timeout=30.0).tensors[0]
+    def started(self) -> None:
+        """The server process has its copy of the address now."""
 
-    def close(self) -> None:
-        self._channel.close()
-
-
-def _serve_tsqp(address: str, max_chunk_bytes: int, max_chunks: int, large: str) -> None:
-    with tsqp.listen(f"ipc://{address}/tsqp.sock", max_chunk_bytes, max_chunks, large=large) as listener:
-        channel = listener.accept(timeout=60.0)
-        try:
-            while True:
-                with channel.lease(timeout=60.0) as message:
-                    channel.send(message.tensors, timeout=30.0)
-        except tsqp.errors.ClosedError:
-            channel.close()
-
-
-def tsqp_peer(name: str, max_chunk_bytes: int = 10 << 20, max_chunks: int = 10, large: str = "zmq") -> Peer:
-    """tsqp with a slot size, and a way of sending what does not fit a slot."""
-    return Peer(name, _Bound(_serve_tsqp, max_chunk_bytes, max_chunks, large), _Bound(_TsqpEcho, large))
-
-
-class _Bound:
-    """``functools.partial`` that appends its arguments; picklable for spawn."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._function, self._arguments = function, arguments
-
-    def __call__(self, address: str) -> Any:
-        return self._function(address, *self._arguments)
-
-
-# ---- msgpack over ZeroMQ REQ/REP: the first system's transport ----
-
-
-class _MsgpackEcho:
-    def __init__(self, address: str) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.REQ)
-        self._socket.connect(f"ipc://{address}/msgpack.sock")
+    def connect(self, address: Any) -> None:
+        """Reaches the server, which is ready."""
 
     def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._socket.send(_pack(tensor))
-        return _unpack(self._socket.recv())
+        """Sends `tensor` and returns what came back."""
+        raise NotImplementedError
 
-    def close(self) -> None:
-        self._socket.send(_STOP)
-        self._socket.close(1000)
-        self._context.term()
+    def send_end(self) -> None:
+        """Sends the empty tensor; nothing comes back."""
+        raise NotImplementedError
 
-
-def _pack(tensor: torch.Tensor) -> bytes:
-    array = tensor.numpy()
-    return msgpack.packb({"data": array.tobytes(), "shape": list(array.shape), "dtype": str(array.dtype)})
+    def disconnect(self) -> None:
+        """Gives back what was taken, however far it came."""
+        self.stack.close()
 
 
-def _unpack(data: bytes) -> torch.Tensor:
-    message = msgpack.unpackb(data, max_bin_len=1 << 31)
-    array = np.frombuffer(message["data"], dtype=message["dtype"]).reshape(message["shape"])
-    return torch.from_numpy(array.copy())
+def _server_process(peer: type[Peer], address: Any, core: int | None, report: Connection) -> None:
+    machine.die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's business
+    torch.set_num_threads(1)
 
+    def ready() -> None:
+        machine.pin(core)  # threads the server started before (a ZeroMQ I/O thread) stay free
+        report.send("ready")
 
-def _serve_msgpack(address: str) -> None:
-    with zmq.Context() as context, context.socket(zmq.REP) as replies:
-        replies.bind(f"ipc://{address}/msgpack.sock")
-        while (data := replies.recv()) != _STOP:
-            replies.send(_pack(_unpack(data)))
-
-
-# ---- ZeroMQ multipart without copies ----
-
-
-class _MultipartEcho:
-    def __init__(self, address: str) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.connect(f"ipc://{address}/multipart.sock")
-
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._socket.send_multipart([b"float32", tensor.numpy()], copy=False)
-        frames = self._socket.recv_multipart(copy=False)
-        return torch.frombuffer(frames[1].buffer, dtype=torch.float32)
-
-    def close(self) -> None:
-        self._socket.send_multipart([_STOP])
-        self._socket.close(1000)
-        self._context.term()
-
-
-def _serve_multipart(address: str) -> None:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.bind(f"ipc://{address}/multipart.sock")
-        while len(frames := dealer.recv_multipart(copy=False)) > 1:
-            dealer.send_multipart(frames, copy=False)
-
-
-# ---- multiprocessing.Pipe ----
-
-
-class _PipeEcho:
-    def __init__(self, address: str) -> None:
-        self._connection = _retry(lambda: multiprocessing.connection.Client(f"{address}/pipe.sock", "AF_UNIX"))
-
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._connection.send_bytes(tensor.numpy())
-        return torch.frombuffer(bytearray(self._connection.recv_bytes()), dtype=torch.float32)
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def _serve_pipe(address: str) -> None:
-    with multiprocessing.connection.Listener(f"{address}/pipe.sock", "AF_UNIX") as listener:
-        connection = listener.accept()
-        try:
-            while True:
-                connection.send_bytes(connection.recv_bytes())
-        except EOFError:
-            connection.close()
-
-
-def _retry(connect: Callable[[], Any], seconds: float = 30.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return connect()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-# ---- iceoryx2: publish-subscribe of bytes both ways, busy polling ----
-
-
-class _Iceoryx:
-    """One publisher and one subscriber of byte slices."""
-
-    MAX_BYTES = 80 << 20
-
-    def __init__(self, address: str, out: str, into: str) -> None:
-        import iceoryx2 as iox2
-
-        iox2.set_log_level(iox2.LogLevel.Error)
-        self._node = iox2.NodeBuilder.new().create(iox2.ServiceType.Ipc)
-        prefix = address.replace("/", "_")
-        self._publisher = self._service(iox2, prefix + out).publisher_builder()
-        self._publisher = self._publisher.initial_max_slice_len(self.MAX_BYTES).create()
-        self._subscriber = self._service(iox2, prefix + into).subscriber_builder().create()
-
-    def _service(self, iox2: Any, name: str) -> Any:
-        builder = self._node.service_builder(iox2.ServiceName.new(name))
-        return builder.publish_subscribe(iox2.Slice[ctypes.c_uint8]).open_or_create()
-
-    def send(self, address: int, nbytes: int) -> None:
-        sample = self._publisher.loan_slice_uninit(nbytes)
-        ctypes.memmove(sample.payload_ptr, address, nbytes)
-        sample.assume_init().send()
-
-    def receive(self) -> Any:
-        while (sample := self._subscriber.receive()) is None:
-            pass
-        return sample
-
-    def drop(self) -> None:
-        self._publisher = self._subscriber = self._node = None
-
-
-class _IceoryxEcho:
-    def __init__(self, address: str) -> None:
-        self._ends = _Iceoryx(address, "request", "reply")
-        self._hello()
-
-    def _hello(self) -> None:
-        """Samples published before the other end is there are lost: say hello until it answers."""
-        byte = ctypes.create_string_buffer(1)
-        while True:
-            self._ends.send(ctypes.addressof(byte), 1)
-            deadline = time.monotonic() + 0.2
-            while time.monotonic() < deadline:
-                if self._ends._subscriber.receive() is not None:
-                    return
-
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._ends.send(tensor.data_ptr(), tensor.nbytes)
-        sample = self._ends.receive()
-        result = torch.empty(tensor.shape, dtype=tensor.dtype)
-        ctypes.memmove(result.data_ptr(), sample.payload_ptr, result.nbytes)
-        return result
-
-    def close(self) -> None:
-        byte = ctypes.create_string_buffer(3)
-        self._ends.send(ctypes.addressof(byte), 3)
-        time.sleep(0.1)
-        self._ends.drop()
-
-
-def _serve_iceoryx(address: str) -> None:
-    ends = _Iceoryx(address, "reply", "request")
-    while True:
-        sample = ends.receive()
-        nbytes = sample.payload().number_of_elements
-        if nbytes == 3:  # no tensor of float32 has three bytes: goodbye
-            return
-        ends.send(sample.payload_ptr, nbytes)
-        del sample
-
-
-def _iceoryx_missing() -> str:
     try:
-        import iceoryx2  # noqa: F401
-    except ImportError:
-        return "iceoryx2 is not installed (pip install 'tsqp[bench]')"
-    return ""
+        peer.serve(address, ready)
+        report.send("ended")
+    except Exception:
+        report.send(traceback.format_exc())
+        raise
 
 
-class CopyLimit:
-    """The three copies no transport of this kind can avoid, in one process, without waiting: in, across, out."""
-
-    def __init__(self) -> None:
-        self._slots: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        slots = self._slots.get(tensor.numel())
-        if slots is None:
-            slots = (torch.empty_like(tensor), torch.empty_like(tensor), torch.empty_like(tensor))
-            self._slots[tensor.numel()] = slots
-        slots[0].copy_(tensor)
-        slots[1].copy_(slots[0])
-        return slots[2].copy_(slots[1])
-
-    def close(self) -> None:
-        self._slots.clear()
+class PeerFailedError(RuntimeError):
+    """A peer's server ended when it should not have."""
 
 
-PEERS = [
-    tsqp_peer("tsqp"),
-    tsqp_peer("tsqp tiled", large="tile"),
-    tsqp_peer("tsqp 80 MB slots", max_chunk_bytes=80 << 20, max_chunks=2),
-    Peer("msgpack over ZeroMQ", _serve_msgpack, _MsgpackEcho),
-    Peer("ZeroMQ multipart", _serve_multipart, _MultipartEcho),
-    Peer("Python flag ring", flag_ring.serve, flag_ring.FlagRingEcho),
-    Peer("multiprocessing pipe", _serve_pipe, _PipeEcho),
-    Peer("iceoryx2", _serve_iceoryx, _IceoryxEcho, _iceoryx_missing()),
-]
+class Running:
+    """A peer with its server process, which is stopped while others are measured: it may wait by spinning."""
+
+    def __init__(self, peer: Peer, server_core: int | None) -> None:
+        self.peer = peer
+        self._process: Any = None
+        self.expects_end = False
+        try:
+            if peer.has_server:
+                self._start(server_core)
+            else:
+                peer.connect(None)
+            self.pause()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, core: int | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._report, theirs = context.Pipe(duplex=False)
+        address = self.peer.address()
+        self._process = context.Process(
+            target=_server_process, args=(type(self.peer), address, core, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.peer.started()
+        if not self._report.poll(START_S):
+            raise PeerFailedError(f"the server of {self.peer.title} was not ready after {START_S:.0f} s")
+        try:
+            answer = self._report.recv()
+        except EOFError:
+            raise PeerFailedError(f"the server of {self.peer.title} died at its start") from None
+        if answer != "ready":
+            raise PeerFailedError(f"the server of {self.peer.title} failed:\n{answer}")
+        self.peer.connect(address)
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def check(self) -> None:
+        """Raises PeerFailedError if the server died."""
+        if not self.expects_end and self._process is not None and not self._process.is_alive():
+            raise PeerFailedError(f"the server of {self.peer.title} died (exit code {self._process.exitcode})")
+
+    def pause(self) -> None:
+        if SIGNALS_STOP:
+            self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if SIGNALS_STOP:
+            self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Ends the server in an orderly way and gives everything back."""
+        try:
+            self.resume()
+            self.expects_end = True
+            if self._process is not None:
+                self.peer.send_end()
+                self._process.join(STOP_S)
+                if self._process.exitcode != 0:
+                    raise PeerFailedError(f"the server of {self.peer.title} did not end, or not well")
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends the server at once, whatever it does."""
+        self.expects_end = True
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.join()
+            self._report.close()
+        self.peer.disconnect()
+
+
+@contextlib.contextmanager
+def watched(running: Sequence[Running]) -> Iterator[None]:
+    """While inside, the death of a server ends whatever this thread waits for."""
+
+    def on_child(number: int, frame: Any) -> None:
+        for one in running:
+            one.check()
+
+    before = signal.signal(signal.SIGCHLD, on_child)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def shm_shortage(nbytes: int) -> str | None:
+    """Why `nbytes` of shared memory can't be had, or None."""
+    try:
+        info = os.statvfs("/dev/shm")
+    except OSError:
+        return "there is no /dev/shm"
+    free = info.f_bavail * info.f_frsize
+    return None if free >= nbytes else f"/dev/shm has {free >> 20} MiB free and this needs {nbytes >> 20} MiB"
+
+
+def registry() -> dict[str, type[Peer]]:
+    """All peers by key, in the order of the table."""
+    from . import peers_shm, peers_zmq
+
+    order: Sequence[type[Peer]] = (
+        peers_shm.Tsqp,
+        peers_shm.TsqpTiled,
+        peers_shm.TsqpLarge,
+        peers_zmq.MsgpackRequest,
+        peers_zmq.Multipart,
+        peers_zmq.FlagRing,
+        peers_shm.Pipe,
+        peers_shm.Iceoryx2,
+        peers_shm.CopyLimit,
+    )
+    return {peer.key: peer for peer in order}

@@ -1,198 +1,192 @@
-"""Echo round trip of one float32 tensor, private memory to private memory, for tsqp and its alternatives.
+"""Echo times of tsqp beside other ways to move a tensor to another process and back, all in one run.
 
     python -m benchmarks.transport
+    python -m benchmarks.transport --sizes 1KB 1MB --peers tsqp pipe copies --seconds-per-cell 5
 
-All peers run in one go, in turn at every size and over several rounds, so that noise hits all alike. Each peer's server
-is a process of its own; both ends are pinned to different cores where there are two.
+A round trip sends one float32 tensor from private memory and ends when the echo lies in private memory again. The
+peers take turns in short slices, several rounds for each size, so that noise hits all alike; a server is stopped
+while it is not its turn. The figures are medians over all rounds.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads, here and in the servers
 
 import argparse
-import json
-import multiprocessing
-import platform
-import statistics
+import contextlib
+import gc
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .peers import PEERS, CopyLimit, Echo, Peer
+from . import machine, report
+from .peers import Peer, Running, registry, watched
 
-SIZES = (64, 1 << 10, 100_000, 1 << 20, 5 << 20, 15 << 20, 64 << 20)
-COPY_LIMIT = "copy limit"
-BASE = "tsqp"
-
-
-def cores() -> list[int]:
-    """The cores this process may use; empty where they can't be told."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+DEFAULT_SIZES = ("64B", "1KB", "100KB", "1MB", "5MB", "15MB", "64MB")
+ROUNDS = 4
+WARMUP_S = 0.02
+WARMUP_TRIPS = 20
+UNITS = {"B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
-def pin(core: int | None) -> None:
-    """Keeps this process on one core."""
-    if core is not None:
-        os.sched_setaffinity(0, {core})
+class WrongEchoError(RuntimeError):
+    """A peer did not return what it was sent."""
 
 
-def serve(peer: Peer, address: str, core: int | None) -> None:
-    """The server process of one peer."""
-    pin(core)
-    torch.set_num_threads(1)
-    peer.serve(address)
+def parse_size(text: str) -> int:
+    """'64B', '100KB', '5MB' (or bytes) as a multiple of 4 bytes."""
+    match = re.fullmatch(r"(\d+)\s*(B|KB|MB|GB)?", text.upper())
+    nbytes = int(match[1]) * UNITS[match[2] or "B"] if match else 0
+    if nbytes <= 0 or nbytes % 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give a multiple of 4 bytes such as 64B, 100KB or 5MB")
+    return nbytes
 
 
-@contextmanager
-def running(peer: Peer, core: int | None) -> Iterator[Echo]:
-    """A connected client; its server process ends with the block, whatever happens in it."""
-    with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as address:
-        process = multiprocessing.get_context("spawn").Process(target=serve, args=(peer, address, core), daemon=True)
-        process.start()
+def random_tensor(nbytes: int, seed: int) -> torch.Tensor:
+    return torch.randn(nbytes // 4, generator=torch.Generator().manual_seed(seed))
+
+
+def verify(peer: Peer, nbytes: int, seed: int) -> None:
+    """One echo of data this peer has not seen; raises WrongEchoError unless it comes back as it was."""
+    tensor = random_tensor(nbytes, seed)
+    result = peer.echo(tensor)
+    if result.shape != tensor.shape or not torch.equal(result, tensor):
+        raise WrongEchoError(f"{peer.title} returned something else than the {report.size_text(nbytes)} it was sent")
+
+
+def warm_up(peer: Peer, tensor: torch.Tensor) -> None:
+    """The first trips after a pause find cold caches and waits that have unlearnt to spin."""
+    end = time.perf_counter() + WARMUP_S
+    for _ in range(WARMUP_TRIPS):
+        peer.echo(tensor)
+        if time.perf_counter() > end:
+            return
+
+
+def measure(peer: Peer, tensor: torch.Tensor, seconds: float, samples_ns: list[int]) -> None:
+    """Adds the round trips of `seconds`, at least two, to `samples_ns`."""
+    clock, echo, add = time.perf_counter_ns, peer.echo, samples_ns.append
+    end = clock() + int(seconds * 1e9)
+    count = 0
+    before = clock()
+    while before < end or count < 2:
+        before = clock()
+        echo(tensor)
+        after = clock()
+        add(after - before)
+        count += 1
+        before = after
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def take_turn(running: Running, tensor: torch.Tensor, seconds: float, cell: report.Cell) -> None:
+    running.resume()
+    try:
+        warm_up(running.peer, tensor)
+        with no_garbage_collection():
+            measure(running.peer, tensor, seconds, cell.samples_ns)
+    finally:
+        running.pause()
+
+
+def run_all(
+    peers: Sequence[Running], sizes: Sequence[int], seconds: float, progress: Progress
+) -> dict[str, dict[int, report.Cell]]:
+    """All cells; within a size the peers take turns, each round in another order."""
+    cells = {running.peer.key: {nbytes: report.Cell() for nbytes in sizes} for running in peers}
+    task = progress.add_task("", total=len(sizes) * ROUNDS * len(peers))
+    for nbytes in sizes:
+        tensor = random_tensor(nbytes, seed=0)
+        for number, running in enumerate(peers):
+            running.resume()
+            verify(running.peer, nbytes, seed=number + 1)
+            running.pause()
+        for turn in range(ROUNDS):
+            shift = turn * len(peers) // ROUNDS
+            for running in [*peers[shift:], *peers[:shift]]:
+                progress.update(task, description=f"{report.size_text(nbytes):>6}  {running.peer.title}")
+                progress.refresh()  # here only: a thread that draws would take part in what is measured
+                take_turn(running, tensor, seconds / ROUNDS, cells[running.peer.key][nbytes])
+                progress.advance(task)
+    return cells
+
+
+@contextlib.contextmanager
+def started(wanted: Sequence[type[Peer]], core: int | None, skipped: dict[str, str]) -> Iterator[list[Running]]:
+    """The peers with their servers; all are ended, whatever happens. Those that can't start are in `skipped`."""
+    running: list[Running] = []
+    with tempfile.TemporaryDirectory(prefix="echo-") as folder:
         try:
-            client = peer.connect(address)
-            try:
-                yield client
-            finally:
-                client.close()
+            for peer in wanted:
+                reason = peer.unavailable()
+                if reason is None:
+                    running.append(Running(peer(Path(folder)), core))
+                else:
+                    skipped[peer.title] = reason
+            with watched(running):
+                yield running
+            while running:
+                running.pop().stop()
         finally:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            for left in running:
+                left.kill()
 
 
-def measure(client: Echo, tensor: torch.Tensor, seconds: float) -> list[float]:
-    """Round-trip times in µs for about `seconds`, at least five."""
-    times = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        client.echo(tensor)
-        times.append((time.perf_counter() - begin) * 1e6)
-    return times
-
-
-def check(client: Echo, name: str, tensor: torch.Tensor) -> None:
-    """One echo whose result is compared; also warms this size up."""
-    for _ in range(3):
-        result = client.echo(tensor)
-    if not torch.equal(result, tensor):
-        raise SystemExit(f"{name} returned other bytes than it was sent ({tensor.nbytes} bytes)")
-
-
-def run(
-    args: argparse.Namespace, peers: list[Peer], server_core: int | None, console: Console
-) -> dict[str, dict[int, list[float]]]:
-    """Times by peer and size: rounds over all peers at each size. The peers of one size run one after the other; an
-    idle server that spins would disturb the others, so each is started for its turn."""
-    times: dict[str, dict[int, list[float]]] = {}
-    tensors = {size: torch.randn(size // 4) for size in args.sizes}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("echo", total=args.rounds * (len(peers) + 1) * len(args.sizes))
-        for _ in range(args.rounds):
-            for peer in [None, *peers]:
-                with ExitStack() as stack:
-                    client: Echo = stack.enter_context(running(peer, server_core)) if peer else CopyLimit()
-                    name = peer.name if peer else COPY_LIMIT
-                    for size, tensor in tensors.items():
-                        check(client, name, tensor)
-                        cell = times.setdefault(name, {}).setdefault(size, [])
-                        cell.extend(measure(client, tensor, args.seconds))
-                        progress.advance(task)
-    return times
-
-
-def size_label(nbytes: int) -> str:
-    """64 B, 1 KB, 1 MB."""
-    for unit, factor in (("MB", 1 << 20), ("KB", 1000)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.0f} {unit}"
-    return f"{nbytes} B"
-
-
-def microseconds(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def table(title: str, medians: dict[str, dict[int, float]], sizes: list[int], base: str | None) -> Table:
-    """Medians in µs, or as ratios to the row `base`."""
-    result = Table(title=title)
-    result.add_column("")
-    for size in sizes:
-        result.add_column(size_label(size), justify="right", no_wrap=True)
-    for name, row in medians.items():
-        cells = [row[size] if base is None else row[size] / medians[base][size] for size in sizes]
-        result.add_row(name, *[microseconds(c) if base is None else f"{c:.2f}" for c in cells])
-    return result
-
-
-def report(times: dict[str, dict[int, list[float]]], args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Prints the tables; returns medians and 99th percentiles."""
-    medians = {name: {size: statistics.median(cell) for size, cell in row.items()} for name, row in times.items()}
-    tails = {
-        name: {size: sorted(cell)[int(len(cell) * 0.99)] for size, cell in row.items()} for name, row in times.items()
-    }
-    sizes = list(args.sizes)
-    console.print(table("echo round trip, median µs", medians, sizes, None))
-    console.print(table("echo round trip, 99th percentile µs", tails, sizes, None))
-    console.print(table("median as a ratio to the copy limit", medians, sizes, COPY_LIMIT))
-    if BASE in medians:
-        console.print(table("median as a ratio to tsqp (over 1: tsqp is faster)", medians, sizes, BASE))
-    return {"median_us": medians, "p99_us": tails}
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="bytes")
-    parser.add_argument("--seconds", type=float, default=0.4, help="per peer, size and round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", nargs="+", help="names, or parts of them; default: all")
-    parser.add_argument("--json", type=Path, default=Path("results/transport.json"))
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transport",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = list(registry())
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in DEFAULT_SIZES])
+    parser.add_argument("--seconds-per-cell", type=float, default=1.2, help="time for each peer and size (1.2)")
+    parser.add_argument("--peers", nargs="+", choices=known, default=known, metavar="PEER", help=", ".join(known))
+    parser.add_argument("--json", type=Path, default=Path("results/transport.json"), help="where the result is kept")
     return parser.parse_args(argv)
 
 
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Runs the benchmark, prints the tables, saves the JSON."""
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     torch.set_num_threads(1)
-    chosen = [peer for peer in PEERS if not args.peers or any(part in peer.name for part in args.peers)]
-    for peer in chosen:
-        if peer.available:
-            console.print(f"SKIPPED {peer.name}: {peer.available}")
-    available = cores()
-    server_core = available[1] if len(available) > 1 else None
-    pin(available[0] if server_core is not None else None)
-    times = run(args, [peer for peer in chosen if not peer.available], server_core, console)
-    result = report(times, args, console)
-    versions = {name: package_version(name) for name in ("tsqp", "torch", "pyzmq", "iceoryx2", "msgpack", "numpy")}
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({**machine, "versions": versions, **result}, indent=1))
-    console.print(f"saved {args.json}")
+    cores = machine.two_cores()
+    where = machine.describe()
+    wanted = [peer for key, peer in registry().items() if key in options.peers]
+    skipped: dict[str, str] = {}
+    columns = (TextColumn("{task.description:42}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with started(wanted, cores[1] if cores else None, skipped) as running:
+        machine.pin(cores[0] if cores else None)  # after the connections: their helper threads stay free
+        with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+            cells = run_all(running, options.sizes, options.seconds_per_cell, progress)
+    titles = {peer.key: peer.title for peer in wanted}
+    result = report.Result(titles, options.sizes, cells, skipped, cores is not None, options.seconds_per_cell, where)
+    report.print_result(result, console, bases=("tsqp", "copies"))
+    report.save(result, options.json)
+    console.print(f"saved in {options.json}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
