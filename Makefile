@@ -31,15 +31,14 @@ demo: $(VENV)/.installed
 	$(BIN)/tsqp demo
 
 test: $(VENV)/.installed test-c
-	$(BIN)/python -m pytest -q -m 'not soak'
+	$(BIN)/python -m pytest -q
 
 # The C core alone: units under ASan+UBSan, the two-thread ring stress under TSan.
 test-c: $(VENV)/.deps
 	$(BIN)/python tests/c/run.py
 
-soak: $(VENV)/.installed
+soak: $(VENV)/.deps
 	$(BIN)/python tests/c/run.py --soak
-	$(BIN)/python -m pytest -q -m soak
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]' --no-build-isolation \

@@ -93,8 +93,11 @@ struct tsqp_watch tsqp_ring_watch(struct tsqp_ring *ring) {
     struct tsqp_entry *entry = entry_at(ring, ring->next);
     uint64_t even = lap_even(ring, ring->next);
     uint64_t *closed = &tsqp_header(ring->segment)->ends[1 - ring->segment->end].closed;
-    if (ring->role == TSQP_CONSUMER)
-        return (struct tsqp_watch){&entry->seq, even, &entry->consumer_waiting, closed};
+    if (ring->role == TSQP_CONSUMER) {
+        /* While the message one lap ago is leased there is none to read, whatever the producer does. */
+        bool leased = ring->leased[ring->next % ring->count] != 0;
+        return (struct tsqp_watch){&entry->seq, leased ? even - 1 : even, &entry->consumer_waiting, closed};
+    }
     /* Not writable yet means: the message one lap ago is still unread. In lap 0 every entry is writable, and
      * the idle value below is one the word never has. */
     return (struct tsqp_watch){&entry->seq, even - 1, &entry->producer_waiting, closed};

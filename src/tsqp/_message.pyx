@@ -448,6 +448,7 @@ cdef class Codec:
         if message.nbytes > max_bytes:
             raise e.MessageTooLargeError(f"a message of {message.nbytes} bytes is over the limit of {max_bytes} bytes")
         memcpy(&assembly.plan, &self.inn, sizeof(c.tsqp_message))
+        message.flags &= USER_FLAGS
         assembly.message = message
         assembly.at = c.tsqp_message_head_bytes(&self.inn.header)
         assembly.allocate()

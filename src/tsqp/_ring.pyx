@@ -339,6 +339,8 @@ cdef class Doorbell:
     cdef uint64_t seen
 
     def __init__(self, double spin_us=400, bint futex=True, str wait="auto"):
+        if wait not in WAIT_MODES:
+            raise e.ConfigError(f"wait={wait!r} is none of {', '.join(WAIT_MODES)}")
         self.bell.count = 0
         self.bell.waiting = 0
         self.seen = 0

@@ -34,7 +34,14 @@ class PeerDiedError(TsqpError, ConnectionError):
 # --- shared-memory segments and rings ----------------------------------------------------------------------
 
 
-class SegmentError(TsqpError, OSError):
+class _SystemError(TsqpError, OSError):
+    """An OSError whose text is its sentence alone; ``errno`` is there for programs."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
+class SegmentError(_SystemError):
     """A shared-memory segment can't be created, opened or mapped."""
 
 
@@ -136,7 +143,7 @@ class EndpointError(TsqpError, ValueError):
     """The endpoint is malformed, its path is too long, or it can't work here."""
 
 
-class EndpointBusyError(TsqpError, OSError):
+class EndpointBusyError(_SystemError):
     """Another live process already listens on the endpoint."""
 
 

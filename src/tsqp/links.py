@@ -83,6 +83,10 @@ def trackers(parts: Sequence[Any]) -> zmq.MessageTracker:
     return zmq.MessageTracker(*[p.tracker for p in parts if isinstance(p, zmq.Frame)])
 
 
+def _has_message(sock: zmq.Socket) -> bool:
+    return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
 def cost(message: LargeMessage) -> int:
     """Bytes of memory a queued message takes."""
     return _MESSAGE_BYTES + len(message[1]) + sum(len(frame) for frame in message[2])
@@ -111,7 +115,7 @@ class ClientLink:
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
-        self._descriptors = (self._socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD), self._wake_r)
+        self._descriptors = (int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD)), self._wake_r)
         self._socket.connect(endpoint)
 
     def say(self, kind: int, body: bytes) -> None:
@@ -136,8 +140,7 @@ class ClientLink:
         while True:
             with self._lock:
                 self._check_open()
-                reason = self._look()
-                self._check_peer(reason)
+                self._check_peer(self._look())
                 try:
                     self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
                     break
@@ -155,7 +158,8 @@ class ClientLink:
         while True:
             with self._lock:
                 self._check_open()
-                reason = self._look()
+                self._pump()
+                reason = None if self._inbox else self._look()
                 if self._inbox:
                     return self._inbox.popleft()
                 self._check_peer(reason)
@@ -169,14 +173,15 @@ class ClientLink:
                 with self._lock:
                     self._waiting -= 1
                     self._nobody_waits.notify_all()
+                    if not self._closed:
+                        with contextlib.suppress(BlockingIOError):
+                            os.read(self._wake_r, 4096)
 
     def _wait(self, seconds: float) -> None:
         poll = select.poll()
         for descriptor in self._descriptors:
             poll.register(descriptor, select.POLLIN)
         poll.poll(max(1, int(seconds * 1000)))
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_r, 4096)
 
     def _wake(self) -> None:
         if self._waiting:
@@ -197,11 +202,8 @@ class ClientLink:
 
     def _pump(self) -> None:
         """Takes what libzmq has received; never blocks."""
-        while not self._said_bye and len(self._inbox) < _MAX_INBOX:
-            try:
-                parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        while not self._said_bye and len(self._inbox) < _MAX_INBOX and _has_message(self._socket):
+            parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             self._wake()
             kind, sequence = hs.open_envelope(parts[0].buffer)
             if kind == hs.BYE:
@@ -221,7 +223,7 @@ class ClientLink:
     def dead(self) -> str | None:
         """Why the server is known to be gone, or None. Cheap enough for every slice of a wait."""
         with self._lock:
-            while self._reason is None and not self._closed and self._monitor.poll(0):
+            while self._reason is None and not self._closed and _has_message(self._monitor):
                 recv_monitor_message(self._monitor)
                 self._reason = "its end of the control connection was closed"
             return self._reason
@@ -237,14 +239,16 @@ class ClientLink:
         with self._lock:
             if self._closed:
                 return
+            gone = self.dead()
             self._closed = True
             self._wake()
-            self._nobody_waits.wait_for(lambda: self._waiting == 0)
+            # Not for ever: a signal handler may close the channel in whose wait it runs.
+            self._nobody_waits.wait_for(lambda: self._waiting == 0, 2 * SLICE_S)
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
             self._socket.disable_monitor()
             self._monitor.close(0)
-            self._socket.close(0 if self._reason else _FAREWELL_MS)
+            self._socket.close(0 if gone else _FAREWELL_MS)
             os.close(self._wake_r)
             os.close(self._wake_w)
         self._context.term()
@@ -264,9 +268,14 @@ class ServerLink:
         self._inbox_bytes = 0
         self._arrived = threading.Condition()
         self._unsent: deque[tuple[zmq.MessageTracker, int]] = deque()
+        self._posted = self._posted_and_sent = 0  # bytes; each counted by one thread
         self._closed = False
 
     # -- called by the I/O thread --
+
+    def sent(self, parts: list[Any]) -> None:
+        """libzmq took a message of :meth:`send`."""
+        self._posted_and_sent += sum(len(part) for part in parts)
 
     def deliver(self, message: LargeMessage) -> None:
         """Queues an arrived message; a client that floods is cut off."""
@@ -297,6 +306,7 @@ class ServerLink:
         parts = multipart([self.identity, hs.envelope(hs.MESSAGE, sequence)], head, frames)
         tracker = trackers(parts)
         self._unsent.append((tracker, sum(len(frame) for frame in frames)))
+        self._posted += sum(len(part) for part in parts)
         self._post(self, parts)  # emptied there once sent
         if not transfer:
             wait_sent(tracker, deadline, self.dead)
@@ -331,7 +341,8 @@ class ServerLink:
         """False while the client leaves too much unread: reading its next request would only grow the queue."""
         while self._unsent and self._unsent[0][0].done:
             self._unsent.popleft()
-        return sum(nbytes for _, nbytes in self._unsent) <= self._max_inbox_bytes
+        borrowed = sum(nbytes for _, nbytes in self._unsent)
+        return max(borrowed, self._posted - self._posted_and_sent) <= self._max_inbox_bytes
 
     def close(self) -> None:
         with self._arrived:

@@ -26,6 +26,7 @@ from ._ring import Doorbell, Segment
 from .config import Endpoint, parse_endpoint
 from .errors import (
     ClosedError,
+    ConfigError,
     EndpointBusyError,
     EndpointError,
     ProtocolError,
@@ -37,6 +38,9 @@ from .transport import Channel, check_large, close_at_exit, make_channel
 
 HANDSHAKE_TIMEOUT_S = 5.0
 _RETRY_MS = 10
+_FAREWELL_S = 0.5
+#: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
+_RECEIVED_MAX = 2000
 _DEALER_FRAMES_MIN = 2
 
 
@@ -56,9 +60,34 @@ def _refuse_busy(endpoint: Endpoint) -> None:
             return
         except OSError as error:
             raise EndpointBusyError(error.errno, f"{endpoint.text} can't be probed: {error.strerror}") from None
-    raise EndpointBusyError(
-        errno.EADDRINUSE, f"another process listens on {endpoint.text}; stop it or choose another endpoint"
-    )
+    raise _busy(endpoint)
+
+
+def _busy(endpoint: Endpoint) -> EndpointBusyError:
+    text = f"another process listens on {endpoint.text}; stop it or choose another endpoint"
+    return EndpointBusyError(errno.EADDRINUSE, text)
+
+
+def _bind_error(endpoint: Endpoint, error: OSError | zmq.ZMQError) -> EndpointError | EndpointBusyError:
+    if error.errno == errno.EADDRINUSE:
+        return _busy(endpoint)
+    return EndpointError(f"can't listen on {endpoint.text}: {error.strerror}; choose another endpoint")
+
+
+def check_endpoint(text: str) -> None:
+    """Raises :class:`EndpointError` or :class:`EndpointBusyError` where :func:`listen` would: before a long start-up,
+    not after it. Binds nothing."""
+    endpoint = parse_endpoint(text)
+    if endpoint.scheme == "ipc":
+        _refuse_busy(endpoint)
+    elif endpoint.port:
+        family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((endpoint.host.strip("[]"), endpoint.port))
+            except OSError as error:
+                raise _bind_error(endpoint, error) from None
 
 
 def _bind(router: zmq.Socket, endpoint: Endpoint) -> str:
@@ -74,11 +103,7 @@ def _bind(router: zmq.Socket, endpoint: Endpoint) -> str:
     try:
         router.bind(text)
     except zmq.ZMQError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise EndpointBusyError(
-                errno.EADDRINUSE, f"another process listens on {endpoint.text}; stop it or choose another endpoint"
-            ) from None
-        raise EndpointError(f"can't listen on {endpoint.text}: {error.strerror}; choose another endpoint") from None
+        raise _bind_error(endpoint, error) from None
     if endpoint.scheme == "ipc":
         os.chmod(endpoint.path, 0o600)
         return endpoint.text
@@ -119,6 +144,9 @@ class Listener:
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._shm = shm and parsed.is_loopback
         self._shm_name = shm_name or os.environ.get("TSQP_SHM_NAME") or None
+        for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
+            if not isinstance(value, int) or not 0 < value < 1 << 63:
+                raise ConfigError(f"{label}={value!r} is not a positive whole number; give the slots' size and number")
         check_large(large)
         self._large = large
         self._wait, self._spin_us, self._max_inbox_bytes = wait, spin_us, max_inbox_bytes
@@ -129,13 +157,15 @@ class Listener:
         self._channels: list[Channel] = []
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._turn = 0
+        self._interrupted = False
         self._stop = False
+        self._stop_by = 0.0  # a client that takes nothing does not hold up the close for ever
         self._closed = False
         self._lock = threading.Lock()
         segments.reap(segments.leftovers())
         if self._shm:
             # Fails here, with the fix, rather than at the first client.
-            Segment.create(max_chunk_bytes, max_chunks, 2)
+            Segment.create(max_chunk_bytes, max_chunks, 2, self._shm_name)
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
@@ -168,9 +198,9 @@ class Listener:
             if channel is not None:
                 return channel
             left = deadline - time.monotonic()
-            if left <= 0:
+            if self._take_interrupt() or left <= 0:
                 raise WaitTimeoutError(f"no client connected to {self.endpoint} within {timeout} s")
-            self._bell.wait([], left)
+            self._bell.wait([], min(left, 0.5))  # another thread's wait may have taken the bell's ring
 
     def accept_nowait(self) -> Channel | None:
         """A client that waits to be accepted, or None."""
@@ -191,7 +221,7 @@ class Listener:
             channels = [c for c in self._channels if not c.closed]
             ready = [c for c in channels if c.poll()]
             left = deadline - time.monotonic()
-            if ready or self._accepted or left <= 0:
+            if ready or self._accepted or self._take_interrupt() or left <= 0:
                 return self._rotate(ready)
             rings = [c.wait_ring for c in channels if c.wait_ring is not None]
             self._bell.wait(rings, min(left, 0.5))
@@ -203,8 +233,14 @@ class Listener:
         return ready[self._turn :] + ready[: self._turn]
 
     def interrupt(self) -> None:
-        """Ends a :meth:`wait` or :meth:`accept` in another thread early; safe in a signal handler."""
+        """Ends a :meth:`wait` (with what is ready, perhaps nothing) or an :meth:`accept` (WaitTimeoutError) in another
+        thread early, or the next one; safe in a signal handler."""
+        self._interrupted = True
         self._bell.ring()
+
+    def _take_interrupt(self) -> bool:
+        interrupted, self._interrupted = self._interrupted, False
+        return interrupted
 
     def close(self) -> None:
         """Closes all channels, removes the socket and every segment. Idempotent."""
@@ -214,6 +250,7 @@ class Listener:
             self._closed = True
         for channel in [*self._channels, *self._accepted]:
             channel.close()
+        self._stop_by = time.monotonic() + _FAREWELL_S
         self._stop = True
         self._wake()
         self._bell.ring()
@@ -242,7 +279,7 @@ class Listener:
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._wake_r, zmq.POLLIN)
         try:
-            while not self._stop or self._outbox:
+            while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
                 self._drain_wake()
                 self._take_messages()
@@ -264,6 +301,7 @@ class Listener:
         if self._socket_path:  # libzmq leaves it; before the close, while nobody else can have bound it
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._socket_path)
+        self._outbox.clear()  # gives back memory a sender still waits for
         # Goodbyes are with libzmq by now; give them a moment to leave.
         self._router.close(200)
         self._context.term()
@@ -280,8 +318,9 @@ class Listener:
             while os.read(self._wake_r, 4096):
                 pass
 
-    def _take_messages(self) -> None:
-        for _ in range(64):  # then look at events and the outbox again, however busy one client is
+    def _take_messages(self, limit: int = 64) -> None:
+        """Then events and the outbox are looked at again, however busy one client is."""
+        for _ in range(limit):
             try:
                 parts = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -290,6 +329,7 @@ class Listener:
                 self._take(parts)
             except ProtocolError:
                 self._drop(parts[0].bytes, "it broke the protocol")
+                self._say(parts[0].bytes, hs.BYE)
 
     def _take(self, parts: list[zmq.Frame]) -> None:
         identity = parts[0].bytes
@@ -314,9 +354,9 @@ class Listener:
         else:
             raise ProtocolError("a message out of order")
 
-    def _say(self, identity: bytes, kind: int, body: hs.Welcome | hs.Refuse) -> None:
+    def _say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> None:
         with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading: it will time out
-            self._router.send_multipart([identity, hs.envelope(kind), hs.pack(body)], flags=zmq.NOBLOCK)
+            self._router.send_multipart([identity, hs.envelope(kind), *map(hs.pack, body)], flags=zmq.NOBLOCK)
 
     def _hello(self, identity: bytes, fd: int, data: bytes) -> None:
         hello = hs.unpack(hs.Hello, data)
@@ -398,25 +438,39 @@ class Listener:
     def _take_events(self) -> None:
         while self._monitor.poll(0):
             fd = recv_monitor_message(self._monitor)["value"]
-            for client in [c for c in self._clients.values() if c.fd == fd]:
+            gone = [client for client in self._clients.values() if client.fd == fd]
+            if gone:
+                self._take_messages(_RECEIVED_MAX * len(self._clients))
+            for client in gone:
                 self._drop(client.identity, "its end of the control connection was closed")
 
     def _flush_outbox(self) -> None:
+        held: list[tuple[ServerLink, list[Any]]] = []  # what its client has no room for, in the order it was posted
+        full: set[bytes] = set()
         for _ in range(len(self._outbox)):
             link, parts = self._outbox.popleft()
-            try:
-                self._router.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                self._outbox.append((link, parts))
-            except zmq.ZMQError as error:
-                if error.errno != errno.EHOSTUNREACH:
-                    raise
-                self._drop(link.identity, "it can't be reached any more")
-            else:
-                goodbye = len(parts) == _DEALER_FRAMES_MIN
-                parts.clear()  # a frame object of ours would itself keep the sender's memory in use
-                if goodbye:
-                    self._forget_identity(link.identity)
+            if link.identity in full or not self._send(link, parts):
+                full.add(link.identity)
+                held.append((link, parts))
+        self._outbox.extendleft(reversed(held))
+
+    def _send(self, link: ServerLink, parts: list[Any]) -> bool:
+        """False: the client has no room for it now."""
+        try:
+            self._router.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self._drop(link.identity, "it can't be reached any more")
+            return True
+        goodbye = len(parts) == _DEALER_FRAMES_MIN
+        link.sent(parts)
+        parts.clear()  # a frame object of ours would itself keep the sender's memory in use
+        if goodbye:
+            self._forget_identity(link.identity)
+        return True
 
     def _forget_identity(self, identity: bytes) -> None:
         client = self._clients.get(identity)

@@ -7,7 +7,7 @@ from collections import deque
 
 from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Codec, Lease, Message, deadline_ns
 from ._ring import Ring
-from .errors import PeerDiedError, ProtocolError, WaitTimeoutError
+from .errors import MessageError, PeerDiedError, ProtocolError, WaitTimeoutError
 from .links import Link
 
 #: A deadline that has passed: take what is there.
@@ -40,7 +40,7 @@ class Receiver:
         self.ahead_bytes = 0
         self._link, self._ring, self._peer, self._max_message_bytes = link, ring, peer, max_message_bytes
         self._codec = Codec()
-        self._ahead: deque[Message] = deque()
+        self._ahead: deque[Message | MessageError] = deque()
         self._awaited: int | None = None  # an announced ZeroMQ message that has not arrived yet
         self._assembly: Assembly | None = None  # a tiled message of which tiles are missing
 
@@ -104,7 +104,11 @@ class Receiver:
 
     def read_ahead(self) -> bool:
         """Takes one message into the queue, if a whole one is there."""
-        message = self._next(NOW_NS)
+        try:
+            message = self._next(NOW_NS)
+        except MessageError as error:
+            self._ahead.append(error)  # in its turn: whoever sends meanwhile has nothing to do with it
+            return True
         if message is None:
             return False
         self._ahead.append(message)
@@ -113,6 +117,8 @@ class Receiver:
 
     def _take_ahead(self) -> Message:
         message = self._ahead.popleft()
+        if isinstance(message, MessageError):
+            raise message
         self.ahead_bytes -= message.nbytes
         return message
 
@@ -165,9 +171,13 @@ class Receiver:
 
     def _feed(self, assembly: Assembly, deadline: int) -> bool:
         assert self._ring is not None
-        if not assembly.complete and not assembly.feed(self._ring, deadline):
-            self._assembly = None  # the sender gave it up; what follows is the next message
-            return False
+        try:
+            if not assembly.complete and not assembly.feed(self._ring, deadline):
+                self._assembly = None  # the sender gave it up; what follows is the next message
+                return False
+        except MessageError:
+            self._assembly = None  # this slot held no tile of it
+            raise
         return assembly.complete
 
     def _finish(self, assembly: Assembly) -> Message:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ._message import Codec, deadline_ns, give_up
 from ._ring import Ring
-from .errors import WaitTimeoutError
-from .links import Link
+from .errors import MessageTooLargeError, WaitTimeoutError
+from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
 
 #: A tile small enough to be still in cache when the peer copies it out, large enough to make its cost vanish.
@@ -51,10 +51,14 @@ class Sender:
         if ring is not None and total < self._threshold:
             self._codec.write(ring, meta, deadline)
             self._count_ring(total)
+        elif total > MAX_FRAME_BYTES:
+            raise MessageTooLargeError(
+                f"a message of {total} bytes is over the limit of {MAX_FRAME_BYTES} bytes; send it in parts"
+            )
         elif ring is not None and self._tiled and self._codec.planned_head_bytes <= ring.segment.max_chunk_bytes:
             self._codec.write_tiled_head(ring, meta, deadline)
             self._tail = _Tail(self._codec.make_contiguous(tensors), total - self._codec.planned_head_bytes)
-            self.unfinished = True
+            self.unfinished = transfer
             self._broken_off = True
             self._count_ring(total)
             # What was given away can follow later; what the caller may change must be gone when this returns.

@@ -34,7 +34,7 @@ from .errors import (
     TsqpError,
     WaitTimeoutError,
 )
-from .listener import listen
+from .listener import check_endpoint, listen
 from .loading import Progress, load_model
 from .protocol import (
     MAX_ERROR_CHARS,
@@ -101,7 +101,7 @@ class GPUServer:
             if nbytes < 0:
                 raise ConfigError(f"{name}={nbytes} is negative; give a number of bytes")
         self.endpoint = endpoint or config.default_endpoint()
-        config.parse_endpoint(self.endpoint)
+        check_endpoint(self.endpoint)
         self._listen_options: dict[str, Any] = {
             "max_chunk_bytes": config.max_chunk_bytes() if max_chunk_bytes is None else max_chunk_bytes,
             "max_chunks": config.max_chunks() if max_chunks is None else max_chunks,

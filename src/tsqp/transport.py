@@ -200,10 +200,13 @@ class Channel:
         """Takes the receive lock where it was not to be had at once, or something has to be done before."""
         if self._closed:
             raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-        while self._sender.unfinished:  # the peer may wait for the rest before it says anything
-            with self._sender.lock:
+        # The peer may wait for the rest before it says anything; a thread that sends now writes it itself.
+        while self._sender.unfinished and self._sender.lock.acquire(blocking=False):
+            try:
                 if self._sender.flush(NOW_NS) or seconds_until(deadline) <= 0:
                     break
+            finally:
+                self._sender.lock.release()
         left = min(max(0.0, seconds_until(deadline)), threading.TIMEOUT_MAX)
         if not self._receiver.lock.acquire(timeout=left):
             raise WaitTimeoutError(f"another thread is receiving from {self.peer}; wait for it")
@@ -220,9 +223,13 @@ class Channel:
         if self._tx is None:
             return self._link.can_send()
         if self._sender.unfinished:
-            with self._sender.lock:
+            if not self._sender.lock.acquire(blocking=False):
+                return False
+            try:
                 if not self._sender.flush(NOW_NS):
                     return False
+            finally:
+                self._sender.lock.release()
         if not (self._tx.ready() if n == 1 else self._tx.free_slots() >= n):
             return False
         return self._link.can_send()
@@ -375,10 +382,11 @@ def _shake_hands(link: ClientLink, endpoint: str, shm: bool, timeout: float | No
 
 def _attach(welcome: hs.Welcome) -> Segment | None:
     """Maps the server's segment. None where this process does not see the server's shared memory."""
-    if 2 * welcome.max_chunks * welcome.max_chunk_bytes > MAX_SEGMENT_BYTES:
+    slots, nbytes = welcome.max_chunks, welcome.max_chunk_bytes
+    if min(slots, nbytes) <= 0 or 2 * slots * nbytes > MAX_SEGMENT_BYTES:
         raise ProtocolError(
-            f"the server offers a segment of {welcome.max_chunks} x 2 slots of {welcome.max_chunk_bytes} bytes, over "
-            f"the limit of {MAX_SEGMENT_BYTES} bytes"
+            f"the server offers a segment of {slots} x 2 slots of {nbytes} bytes; together they may have 1 to "
+            f"{MAX_SEGMENT_BYTES} bytes"
         )
     try:
         return Segment.attach(welcome.max_chunk_bytes, welcome.max_chunks, 2, welcome.name, welcome.session)
