@@ -254,6 +254,84 @@ def hold_segment(wire: Connection, name: str | None = None) -> None:
     signal.pause()
 
 
+class ChannelEnd:
+    """One end of a channel: connected to a listener of the parent, or listening itself for one client."""
+
+    def __init__(self, role: str, endpoint: str, options: dict[str, Any]) -> None:
+        import tsqp
+
+        self.listener = tsqp.listen(endpoint, **options) if role == "server" else None
+        self.channel = tsqp.connect(endpoint, **options) if role == "client" else None
+
+    def endpoint(self) -> str:
+        return self.listener.endpoint
+
+    def accept(self) -> str:
+        self.channel = self.listener.accept(PATIENCE_S)
+        return self.channel.transport
+
+    def send(self, sizes: list[int], first: int = 0) -> int:
+        """Sends a numbered message of each size."""
+        from wire_bytes import numbered
+
+        for number, nbytes in enumerate(sizes, first):
+            self.channel.send([numbered(number, nbytes)], request_id=number, timeout=PATIENCE_S)
+        return len(sizes)
+
+    def check(self, sizes: list[int], first: int = 0) -> int:
+        """Receives what :meth:`send` sent and looks at every byte."""
+        from wire_bytes import check_numbered
+
+        for number, nbytes in enumerate(sizes, first):
+            check_numbered(self.channel.recv(PATIENCE_S), number, nbytes)
+        return len(sizes)
+
+    def recv(self, timeout: float | None = PATIENCE_S) -> int:
+        return self.channel.recv(timeout).request_id
+
+    def echo(self, count: int, lease: bool = True) -> int:
+        """Answers `count` messages with themselves."""
+        for _ in range(count):
+            with self.channel.lease(PATIENCE_S) as message:
+                self.channel.send(message.tensors, request_id=message.request_id, timeout=PATIENCE_S)
+        return count
+
+    def send_hole(self, nbytes: int) -> None:
+        """Sends a message over the threshold without waiting until it was taken."""
+        from wire_bytes import numbered
+
+        self.channel.send([numbered(0, nbytes)], timeout=PATIENCE_S, transfer=True)
+
+    def stats(self) -> dict[str, Any]:
+        return self.channel.stats
+
+    def close(self) -> None:
+        for closable in (self.channel, self.listener):
+            if closable is not None:
+                closable.close()
+
+    def leave(self) -> None:
+        """Ends the process without closing anything."""
+        os._exit(3)
+
+
+def channel_end(wire: Connection, *arguments: Any) -> None:
+    obey(wire, ChannelEnd, *arguments)
+
+
+def receive_for_ever(wire: Connection, endpoint: str, options: dict[str, Any]) -> None:
+    """A client that waits without a deadline; says how the wait ended, then waits again."""
+    import tsqp
+
+    with tsqp.connect(endpoint, **options) as channel:
+        wire.send("waiting")
+        try:
+            wire.send(channel.recv().request_id)
+        except KeyboardInterrupt:
+            wire.send("interrupted")
+        wire.send(channel.recv(PATIENCE_S).request_id)
+
+
 def _mutate(data: bytes, random: Random) -> bytes:
     """A few bytes, words or the length of a message changed."""
     changed = bytearray(data)
