@@ -168,7 +168,8 @@ void tsqp_pack_to_shared(void *shared_dst, const void *src, size_t itemsize, uns
                 row += strides[d];
                 break;
             }
-            row -= strides[d] * (shape[d] - 1); /* never past the tensor: a dimension of 1 may have any stride */
+            row -=
+                strides[d] * (shape[d] - 1); /* never past the tensor: a dimension of 1 may have any stride */
             at[d] = 0;
             if (d == 0) {
                 flush_stage(&packer);

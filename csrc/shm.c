@@ -102,9 +102,9 @@ static int end_locked(int fd, unsigned end) {
 }
 #endif
 
-/* A descriptor that holds the lock of `end`, or -1. It is not the one that was mapped: a mapping keeps the open file
- * description it was made from, and with it that description's locks, alive in every forked child; this one's are
- * gone with the last copy of the descriptor, and a forked child closes its copy. */
+/* A descriptor that holds the lock of `end`, or -1. It is not the one that was mapped: a mapping keeps the
+ * open file description it was made from, and with it that description's locks, alive in every forked child;
+ * this one's are gone with the last copy of the descriptor, and a forked child closes its copy. */
 static int open_locked(const char *path, int mapped_fd, unsigned end) {
     struct stat mapped, opened;
     if (end_locked(mapped_fd, end) != 0)
