@@ -143,30 +143,29 @@ def _is_watched(thread: threading.Thread) -> bool:
     return ours and not isinstance(thread, zmq.utils.garbage.GarbageCollectorThread)
 
 
+def _read(path: str) -> str:
+    """A file of /proc; empty if its process or thread ended meanwhile."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def _native_threads() -> int:
     """How many threads libzmq runs in this process: two for each context that lives."""
-    count = 0
-    for comm in Path("/proc/self/task").glob("*/comm"):
-        try:
-            count += comm.read_text().startswith("ZMQbg")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return count
+    return sum(_read(f"/proc/self/task/{task}/comm").startswith("ZMQbg") for task in os.listdir("/proc/self/task"))
 
 
 def _children() -> Iterator[tuple[str, str]]:
     """Child processes, dead ones that nobody waited for included, and those of the fork server."""
     fork_server = peers_module.fork_server_pid()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            if parent not in (os.getpid(), fork_server) or int(status.parent.name) == fork_server:
-                continue
-            command = (status.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except (FileNotFoundError, ProcessLookupError):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        if not fields or int(fields[1]) not in (os.getpid(), fork_server) or int(pid) == fork_server:
             continue
+        command = _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
         if "multiprocessing.resource_tracker" not in command:  # the standard library's; ends with this process
-            yield status.parent.name, command or "ended, but nobody waited for it"
+            yield pid, command or "ended, but nobody waited for it"
 
 
 def _present(shm: Path, directories: list[Path]) -> dict[str, str]:

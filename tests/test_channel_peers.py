@@ -270,13 +270,22 @@ def test_a_signal_with_a_handler_does_not_end_a_recv(ends):
 
 _FORKED = """
 import os, sys, tsqp
-from tsqp.errors import TsqpError
+from tsqp.errors import RingUsageError
 options = {options}
 with tsqp.listen({endpoint!r}, **options) as listener:
     client = tsqp.connect(listener.endpoint, shm=options["shm"], large=options["large"])
     server = listener.accept(10)
     pid = os.fork()
     if pid == 0:
+        for channel in (client, server):
+            for use in (lambda: channel.send([]), lambda: channel.recv(5)):
+                try:
+                    use()
+                except RingUsageError as error:
+                    assert "inherited by fork" in str(error), error
+                else:
+                    os._exit(1)
+        client.close()
         sys.exit(0)  # runs what is registered at exit: it must not say goodbye for the parent
     assert os.waitpid(pid, 0)[1] == 0
     for one, other in ((client, server), (server, client)):

@@ -19,7 +19,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from . import handshake as hs
-from .errors import ClosedError, PeerDiedError, ProtocolError, WaitTimeoutError
+from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
 
 #: Waits are cut into slices of this many seconds; signals and the peer are looked at between them.
 SLICE_S = 0.1
@@ -49,6 +49,12 @@ class Link(Protocol):
     def dead(self) -> str | None: ...
     def can_send(self) -> bool: ...
     def close(self) -> None: ...
+
+
+def check_process(pid: int) -> None:
+    """Sockets belong to the process that made them: in a forked child even looking at one may hang."""
+    if os.getpid() != pid:
+        raise RingUsageError("this channel was inherited by fork; connect anew in the child")
 
 
 def slice_until(deadline: float) -> float:
@@ -101,6 +107,7 @@ class ClientLink:
 
     def __init__(self, endpoint: str) -> None:
         self._lock = threading.RLock()
+        self._pid = os.getpid()
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -222,6 +229,7 @@ class ClientLink:
 
     def dead(self) -> str | None:
         """Why the server is known to be gone, or None. Cheap enough for every slice of a wait."""
+        check_process(self._pid)
         with self._lock:
             while self._reason is None and not self._closed and _has_message(self._monitor):
                 recv_monitor_message(self._monitor)
@@ -232,10 +240,13 @@ class ClientLink:
         return True
 
     def _check_open(self) -> None:
+        check_process(self._pid)
         if self._closed:
             raise ClosedError("this channel is closed; connect again")
 
     def close(self) -> None:
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -259,6 +270,7 @@ class ServerLink:
 
     def __init__(self, identity: bytes, post: Callable[[ServerLink, list[Any]], None], max_inbox_bytes: int) -> None:
         self.identity = identity
+        self._pid = os.getpid()
         self.reason: str | None = None
         self.said_bye = False
         self.on_event: Callable[[], None] = lambda: None
@@ -324,6 +336,7 @@ class ServerLink:
                 self._arrived.wait(slice_until(deadline))
 
     def _check_peer(self) -> None:
+        check_process(self._pid)
         if self._closed:
             raise ClosedError("this channel is closed; accept a new one")
         if self.reason:

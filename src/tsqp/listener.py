@@ -161,12 +161,16 @@ class Listener:
         self._stop = False
         self._stop_by = 0.0  # a client that takes nothing does not hold up the close for ever
         self._closed = False
+        self._failure: BaseException | None = None  # what ended the I/O thread
         self._lock = threading.Lock()
         segments.reap(segments.leftovers())
         if self._shm:
             # Fails here, with the fix, rather than at the first client.
             Segment.create(max_chunk_bytes, max_chunks, 2, self._shm_name)
-        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._pipe_lock = threading.RLock()
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
@@ -204,8 +208,7 @@ class Listener:
 
     def accept_nowait(self) -> Channel | None:
         """A client that waits to be accepted, or None."""
-        if self._closed:
-            raise ClosedError(f"the listener on {self.endpoint} is closed")
+        self._check_open()
         return self._accepted.popleft() if self._accepted else None
 
     def wait(self, timeout: float | None = None) -> list[Channel]:
@@ -216,8 +219,7 @@ class Listener:
         """
         deadline = time.monotonic() + (timeout if timeout is not None else 1e9)
         while True:
-            if self._closed:
-                raise ClosedError(f"the listener on {self.endpoint} is closed")
+            self._check_open()
             channels = [c for c in self._channels if not c.closed]
             ready = [c for c in channels if c.poll()]
             left = deadline - time.monotonic()
@@ -225,6 +227,12 @@ class Listener:
                 return self._rotate(ready)
             rings = [c.wait_ring for c in channels if c.wait_ring is not None]
             self._bell.wait(rings, min(left, 0.5))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the listener on {self.endpoint} is closed")
+        if self._failure is not None:
+            raise ClosedError(f"the listener on {self.endpoint} failed: {self._failure!r}; start it again")
 
     def _rotate(self, ready: list[Channel]) -> list[Channel]:
         if not ready:
@@ -266,8 +274,9 @@ class Listener:
     # ---- I/O thread ----
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_w, b"x")
+        with self._pipe_lock, contextlib.suppress(BlockingIOError):
+            if self._wake_w >= 0:  # else the I/O thread has ended, and the descriptor may be somebody else's
+                os.write(self._wake_w, b"x")
 
     def _post(self, link: ServerLink, parts: list[Any]) -> None:
         self._outbox.append((link, parts))
@@ -288,8 +297,14 @@ class Listener:
                 self._expire_handshakes()
                 if self._stop:
                     self._outbox = deque(item for item in self._outbox if not self._is_dead(item[0]))
+        except BaseException as error:
+            self._failure = error
+            raise
         finally:
+            for client in list(self._clients.values()):
+                self._drop(client.identity, "the listener's I/O thread ended")
             self._release()
+            self._bell.ring()
 
     def _is_dead(self, link: ServerLink) -> bool:
         return bool(link.reason) or link.said_bye or link.identity not in self._clients
@@ -305,8 +320,10 @@ class Listener:
         # Goodbyes are with libzmq by now; give them a moment to leave.
         self._router.close(200)
         self._context.term()
-        os.close(self._wake_r)
-        os.close(self._wake_w)
+        with self._pipe_lock:
+            os.close(self._wake_r)
+            os.close(self._wake_w)
+            self._wake_r = self._wake_w = -1
         self._clients.clear()
 
     def _next_timeout_ms(self) -> int:

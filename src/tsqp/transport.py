@@ -7,6 +7,7 @@ carries them, and a reader waits in one place.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -44,6 +45,9 @@ _open: weakref.WeakSet[Any] = weakref.WeakSet()
 def close_at_exit(closable: Any) -> None:
     """Registers an object whose ``close()`` is called if the interpreter ends before its user did."""
     _open.add(closable)
+
+
+os.register_at_fork(after_in_child=_open.clear)  # they are the parent's to close
 
 
 @atexit.register

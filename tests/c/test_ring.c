@@ -300,6 +300,8 @@ static void all_slots_leased_is_usage_not_a_wait(void) {
     for (uint64_t i = 0; i < 2; i++)
         slots[i] = read_message(&pair, i, 8);
     CHECK_EQ(tsqp_ring_try_read(pair.consumer, &third), TSQP_USAGE);
+    struct tsqp_watch watch = tsqp_ring_watch(pair.consumer); /* a wait beside other rings sleeps */
+    CHECK_EQ(tsqp_load_relaxed(watch.word), watch.idle);
     for (int i = 0; i < 2; i++)
         CHECK_EQ(tsqp_ring_release(pair.consumer, &slots[i]), TSQP_OK);
     CHECK_EQ(try_read(&pair), TSQP_AGAIN);
