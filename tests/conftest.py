@@ -30,6 +30,9 @@ import pytest
 import torch
 import zmq.utils.garbage
 
+# A shell ignores SIGINT for its background jobs and children inherit that: Ctrl-C must reach the tests' processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 WATCHDOG_S = 60.0
 #: How long after the first alarm, which fails the test, the second one ends the whole run.
 LAST_RESORT_S = 20.0
