@@ -245,13 +245,15 @@ def test_a_ring_closed_here_says_so_and_closing_twice_is_harmless(pair):
 
 def test_a_ring_that_is_just_dropped_says_goodbye(shm_directory):
     writer = ShmRingBuffer(CHUNK, COUNT)
+    name = writer.name
+    assert (shm_directory / name).exists()
     with ShmRingBuffer(*writer.handle()) as reader:
         put(writer, b"last words")
         del writer
         assert get(reader) == b"last words"
         with pytest.raises(ClosedError):
             get(reader, None)
-    assert not any(shm_directory.iterdir())
+    assert not (shm_directory / name).exists()
 
 
 def test_close_with_an_open_block_is_orderly(pair):

@@ -80,7 +80,16 @@ class Channel:
         self.transport = f"shm+{scheme}" if segment is not None else scheme
         self.on_close: Callable[[Channel], None] = lambda channel: None
         self._link, self._segment, self._tx, self._rx, self._bell = link, segment, tx, rx, bell
-        self._sender = Sender(link, tx, threshold, large, self._make_room)
+        # Through a weak reference: a cycle would keep a closed channel's segment mapped until the garbage collector
+        # comes. The channel lives while it sends.
+        me = weakref.ref(self)
+
+        def make_room(deadline: int) -> None:
+            channel = me()
+            if channel is not None:
+                channel._make_room(deadline)
+
+        self._sender = Sender(link, tx, threshold, large, make_room)
         self._receiver = Receiver(link, rx, peer, MAX_MESSAGE_BYTES)
         self._closed = False
         for ring in (tx, rx):
