@@ -22,7 +22,7 @@ $(VENV)/.deps: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -q --disable-pip-version-check scikit-build-core cython cmake ninja
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.deps pyproject.toml CMakeLists.txt $(wildcard csrc/* src/tsqp/*.pyx src/tsqp/*.pxd)
+$(VENV)/.installed: $(VENV)/.deps pyproject.toml CMakeLists.txt $(wildcard csrc/* src/tsqp/*.pyx src/tsqp/*.pxd src/tsqp/*.pxi)
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation \
 	  --config-settings=cmake.define.TSQP_WERROR=ON -e '.[test]'
 	touch $@
@@ -47,7 +47,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message
+	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message tsqp._channel
 
 format:
 	$(BIN)/ruff check --fix $(PYTHON_CODE)

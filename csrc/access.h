@@ -54,6 +54,18 @@ static inline void tsqp_store_seq_cst(uint64_t *word, uint64_t value) {
     (void)atomic_exchange_explicit(tsqp_shared(word), value, memory_order_seq_cst);
 }
 
+static inline void tsqp_add_seq_cst(uint64_t *word, uint64_t value) {
+    (void)atomic_fetch_add_explicit(tsqp_shared(word), value, memory_order_seq_cst);
+}
+
+static inline void tsqp_cpu_relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
 /* Copies `nbytes` between private memory and 64-byte aligned shared memory. The shared side is read or
  * written in whole 64-byte blocks, so up to 63 bytes after the end are touched there: slots are padded for
  * it. */

@@ -54,14 +54,15 @@ static_assert(sizeof(struct tsqp_segment_header) == TSQP_PAGE, "header is one pa
 
 /* The k-th message of a ring uses entry k % max_chunks. The written/read flag pair of an entry is one
  * sequence word: 2 * lap when the producer may write, 2 * lap + 1 when the consumer may read. The payload
- * lies in slot `slot`, which the producer picks: the one freed last is the one still in cache. */
+ * lies in slot `slot`, which the producer picks. The `waiting` words count who sleeps or is about to. */
 struct tsqp_entry {
     uint64_t seq;
     uint64_t consumer_waiting;
     uint64_t producer_waiting;
     uint64_t slot;
     uint64_t nbytes;
-    uint64_t pad[3];
+    uint64_t filled; /* how many of the nbytes are written; less than all while the producer still copies */
+    uint64_t pad[2];
 };
 
 static_assert(sizeof(struct tsqp_entry) == TSQP_LINE, "one line an entry");

@@ -145,6 +145,7 @@ enum tsqp_role { TSQP_PRODUCER, TSQP_CONSUMER };
 struct tsqp_slot {
     uint8_t *data;   /* shared memory, page-aligned */
     uint64_t nbytes; /* capacity when writing, the message's length when reading; a private copy */
+    uint64_t filled; /* reading: how much of it is known to be there */
     uint64_t ticket; /* names the entry for publish, release */
 };
 
@@ -159,8 +160,40 @@ int tsqp_ring_try_read(struct tsqp_ring *ring, struct tsqp_slot *out);
 int tsqp_ring_publish(struct tsqp_ring *ring, const struct tsqp_slot *slot, uint64_t nbytes);
 int tsqp_ring_cancel(struct tsqp_ring *ring, const struct tsqp_slot *slot);  /* nothing is published */
 int tsqp_ring_release(struct tsqp_ring *ring, const struct tsqp_slot *slot); /* in any order */
+bool tsqp_ring_ready(
+    struct tsqp_ring *ring); /* a whole message waits / a slot is free, or something is wrong */
+/* Cut-through: a long message is published when its first part is written, so that the consumer copies while
+ * the producer still does. publish_part announces `nbytes` of which `filled` are there; fill says how many
+ * are by now and must end with all of them before anything else is done with the ring. */
+int tsqp_ring_publish_part(struct tsqp_ring *ring, const struct tsqp_slot *slot, uint64_t nbytes,
+                           uint64_t filled);
+int tsqp_ring_fill(struct tsqp_ring *ring, uint64_t filled);
+/* Consumer: waits a moment until `upto` bytes are there and keeps the new mark in slot->filled. 0, TSQP_AGAIN
+ * (wait with tsqp_ring_fill_watch), TSQP_CORRUPTED. */
+int tsqp_ring_follow(struct tsqp_ring *ring, struct tsqp_slot *slot, uint64_t upto);
+struct tsqp_watch tsqp_ring_fill_watch(struct tsqp_ring *ring, const struct tsqp_slot *slot);
+/* Consumer: gives the message acquired last back unread; the next try_read gets it again. */
+int tsqp_ring_unread(struct tsqp_ring *ring, const struct tsqp_slot *slot);
 uint64_t tsqp_ring_free_slots(struct tsqp_ring *ring); /* producer: how many writes would not wait */
 void tsqp_ring_wake_peer(struct tsqp_ring *ring);
+
+/* ---- the payload of one message through a slot (stream.c) ---- */
+
+struct tsqp_outflow {
+    struct tsqp_ring *ring;
+    const struct tsqp_slot *slot;
+    uint64_t total;  /* the message's bytes */
+    uint64_t marked; /* published so far; 0: nothing is */
+};
+
+/* Copies contiguous memory to `offset` of the slot; parts must come in order and leave only padding out. */
+void tsqp_outflow_copy(struct tsqp_outflow *flow, uint64_t offset, const void *src, uint64_t nbytes);
+/* Everything before `upto` was written. The last mark is `total` and publishes what is not published yet. */
+int tsqp_outflow_mark(struct tsqp_outflow *flow, uint64_t upto);
+/* Copies [offset + *done, offset + nbytes) to `dst` as far as the producer got within a moment; 0 when all is
+ * there, else as tsqp_ring_follow. */
+int tsqp_inflow_copy(struct tsqp_ring *ring, struct tsqp_slot *slot, uint64_t offset, void *dst,
+                     uint64_t nbytes, uint64_t *done);
 
 /* ---- messages (codec.c): private memory only ---- */
 
@@ -195,10 +228,16 @@ void tsqp_pool_trim(void);
 uint64_t tsqp_pool_idle_bytes(void);
 
 struct DLManagedTensor;
+struct DLManagedTensorVersioned;
 /* A tensor over `data` that releases its owner (a buffer or a segment; one of them NULL) when the consumer is
  * done with it. Takes over the caller's reference on the owner, also on failure. */
 struct DLManagedTensor *tsqp_tensor_new(const struct tsqp_tensor_desc *desc, void *data,
                                         struct tsqp_buffer *buffer, struct tsqp_segment *segment);
+/* The same in the struct of DLPack 1, which has codes for float8; the other gives those as bytes. */
+struct DLManagedTensorVersioned *tsqp_tensor_new_versioned(const struct tsqp_tensor_desc *desc, void *data,
+                                                           struct tsqp_buffer *buffer,
+                                                           struct tsqp_segment *segment);
 void tsqp_tensor_delete(struct DLManagedTensor *tensor);
+unsigned tsqp_dtype_of_dlpack(unsigned code, unsigned bits, unsigned lanes); /* 0: none of ours */
 
 #endif

@@ -28,14 +28,6 @@
 #define SLEEP_MAX_NS UINT64_C(1000000)
 #define MAX_FUTEXES 128
 
-static inline void cpu_relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield");
-#endif
-}
-
 uint64_t tsqp_now_ns(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
@@ -79,7 +71,7 @@ static bool spin(const struct tsqp_watch *watches, size_t count, uint64_t start,
         for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
             if (any_ready(watches, count))
                 return true;
-            cpu_relax();
+            tsqp_cpu_relax();
         }
         waited = tsqp_now_ns() - start;
         if (yields && waited > PURE_SPIN_NS)
@@ -154,8 +146,11 @@ static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watch
 #ifdef __linux__
     if (waiter->futex && count <= MAX_FUTEXES) {
         bool unsupported = false;
+        /* Counted, not set: two threads may wait for one word, and the first to leave must not hide the
+         * other.
+         */
         for (size_t i = 0; i < count; i++)
-            tsqp_store_seq_cst(watches[i].waiting, 1);
+            tsqp_add_seq_cst(watches[i].waiting, 1);
         int rc = TSQP_OK;
         /* SYNC: the closer stores `closed`, then looks at `waiting`; we the other way round, both seq_cst:
          * either it wakes us or we see it here. */
@@ -167,7 +162,7 @@ static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watch
             rc = futex_many(watches, count, left_ns, &unsupported);
         /* Whoever does not sleep any more saves the publisher a system call. */
         for (size_t i = 0; i < count; i++)
-            tsqp_store_relaxed(watches[i].waiting, 0);
+            tsqp_add_seq_cst(watches[i].waiting, UINT64_MAX);
         if (!unsupported)
             return rc;
         waiter->futex = false;
@@ -221,7 +216,8 @@ int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size
     return rc != TSQP_OK ? rc : TSQP_AGAIN;
 }
 
-/* `waiting` is a hint a hostile peer may hold at 1: the cost is one system call a message. */
+/* `waiting` is a hint; a hostile peer may hold it above 0, or one that died while it slept left it so: the
+ * cost is one system call a message. */
 void tsqp_wake(uint64_t *word, uint64_t *waiting, bool futex) {
 #ifdef __linux__
     if (futex && tsqp_load_seq_cst(waiting) != 0)

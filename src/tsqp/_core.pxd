@@ -82,6 +82,7 @@ cdef extern from "tsqp.h" nogil:
     struct tsqp_slot:
         uint8_t *data
         uint64_t nbytes
+        uint64_t filled
         uint64_t ticket
 
     int tsqp_ring_open(tsqp_segment *segment, unsigned index, tsqp_role role, tsqp_ring **out)
@@ -93,8 +94,23 @@ cdef extern from "tsqp.h" nogil:
     int tsqp_ring_publish(tsqp_ring *ring, const tsqp_slot *slot, uint64_t nbytes)
     int tsqp_ring_cancel(tsqp_ring *ring, const tsqp_slot *slot)
     int tsqp_ring_release(tsqp_ring *ring, const tsqp_slot *slot)
+    bint tsqp_ring_ready(tsqp_ring *ring)
+    int tsqp_ring_follow(tsqp_ring *ring, tsqp_slot *slot, uint64_t upto)
+    tsqp_watch tsqp_ring_fill_watch(tsqp_ring *ring, const tsqp_slot *slot)
+    int tsqp_ring_unread(tsqp_ring *ring, const tsqp_slot *slot)
     uint64_t tsqp_ring_free_slots(tsqp_ring *ring)
     void tsqp_ring_wake_peer(tsqp_ring *ring)
+
+    struct tsqp_outflow:
+        tsqp_ring *ring
+        const tsqp_slot *slot
+        uint64_t total
+        uint64_t marked
+
+    void tsqp_outflow_copy(tsqp_outflow *flow, uint64_t offset, const void *src, uint64_t nbytes)
+    int tsqp_outflow_mark(tsqp_outflow *flow, uint64_t upto)
+    int tsqp_inflow_copy(tsqp_ring *ring, tsqp_slot *slot, uint64_t offset, void *dst, uint64_t nbytes,
+                         uint64_t *done)
 
     struct tsqp_message_header:
         uint32_t magic
@@ -143,9 +159,51 @@ cdef extern from "tsqp.h" nogil:
     struct DLManagedTensor:
         pass
 
+    struct DLManagedTensorVersioned:
+        pass
+
     DLManagedTensor *tsqp_tensor_new(const tsqp_tensor_desc *desc, void *data, tsqp_buffer *buffer,
                                      tsqp_segment *segment)
     void tsqp_tensor_delete(DLManagedTensor *tensor)
+    DLManagedTensorVersioned *tsqp_tensor_new_versioned(const tsqp_tensor_desc *desc, void *data,
+                                                        tsqp_buffer *buffer, tsqp_segment *segment)
+    unsigned tsqp_dtype_of_dlpack(unsigned code, unsigned bits, unsigned lanes)
+
+
+cdef extern from "dlpack.h":
+    ctypedef struct DLDevice:
+        int32_t device_type
+        int32_t device_id
+
+    ctypedef struct DLDataType:
+        uint8_t code
+        uint8_t bits
+        uint16_t lanes
+
+    ctypedef struct DLTensor:
+        void *data
+        DLDevice device
+        int32_t ndim
+        DLDataType dtype
+        int64_t *shape
+        int64_t *strides
+        uint64_t byte_offset
+
+    ctypedef struct DLPackVersion:
+        uint32_t major
+        uint32_t minor
+
+    ctypedef struct DLPackExchangeAPIHeader:
+        DLPackVersion version
+
+    ctypedef struct DLPackExchangeAPI:
+        DLPackExchangeAPIHeader header
+        int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned *tensor, void **out_py_object)
+        int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out)
+
+    enum:
+        DL_CPU
+        DL_MAJOR
 
 
 cdef extern from "access.h" nogil:

@@ -3,6 +3,8 @@
 
 from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release,
                              PyObject_CheckBuffer, PyObject_GetBuffer)
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.ref cimport Py_DECREF
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -10,7 +12,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from . cimport _core as c
-from ._ring cimport Ring, Segment, deadline_of
+from ._ring cimport Ring, Segment, check as check_ring, deadline_of
 
 import msgpack
 import torch
@@ -22,6 +24,7 @@ cdef uint64_t NOGIL_BYTES = 1 << 18
 # The first look at a message copies this much: header and descriptors of the usual one.
 cdef enum:
     FIRST_LOOK_BYTES = 512
+    HEAD_ON_STACK_BYTES = 1024
 
 #: Message flags from here on belong to the transport.
 FLAG_VIA_ZMQ = 1 << 24  # the message with sequence number `index` comes over ZeroMQ
@@ -78,6 +81,15 @@ cdef int check(int rc) except -1:
     raise kind(text)
 
 
+cdef bytes meta_of(object meta):
+    """What :func:`pack_meta` returns, quickly where there is nothing to do."""
+    if meta is None:
+        return b""
+    if type(meta) is bytes and len(<bytes>meta) <= c.TSQP_MAX_META_BYTES:
+        return <bytes>meta
+    return pack_meta(meta)
+
+
 def pack_meta(meta):
     """A mapping as msgpack bytes; None or an empty mapping is no bytes; bytes pass as they are."""
     if not meta:
@@ -115,14 +127,6 @@ cdef class Message:
     (``"ring"`` or ``"zmq"``) and ``nbytes`` (total bytes on the wire).
     """
 
-    cdef readonly uint32_t tag, flags, site
-    cdef readonly uint64_t request_id, index, compute_ns, queue_ns, nbytes
-    cdef readonly int status
-    cdef readonly bytes meta_bytes
-    cdef readonly list tensors
-    cdef readonly str carrier
-    cdef object _meta
-
     @property
     def meta(self):
         if self._meta is None:
@@ -151,123 +155,11 @@ cdef Message _new_message(c.tsqp_message_header *header, bytes meta, str carrier
     return message
 
 
-# ---- sources: what is sent -------------------------------------------------------------------------------
-
-cdef struct Source:
-    void *data
-    bint contiguous
-    int64_t strides[8]  # bytes
-
-
-cdef int _describe_torch(object tensor, c.tsqp_tensor_desc *desc, Source *source) except -1:
-    cdef object shape = tensor.shape
-    cdef Py_ssize_t ndim = len(shape)
-    cdef Py_ssize_t i
-    cdef int64_t itemsize
-    code = DTYPE_CODES.get(tensor.dtype)
-    if code is None:
-        raise e.DTypeError(f"{tensor.dtype} can't be sent; convert the tensor to one of "
-                           f"{', '.join(str(d)[6:] for d in DTYPE_CODES)}")
-    if not tensor.is_cpu:
-        raise e.MessageError(f"a tensor on {tensor.device} can't be sent; move it to the CPU first")
-    if ndim > c.TSQP_MAX_NDIM:
-        raise e.RankError(f"a tensor of {ndim} dimensions can't be sent; at most {c.TSQP_MAX_NDIM} are allowed")
-    if tensor.layout is not STRIDED:
-        raise e.MessageError(f"a {tensor.layout} tensor can't be sent; convert it with to_dense()")
-    if tensor.is_neg():  # its memory holds the values with the other sign
-        raise e.MessageError("a lazily negated view can't be sent; call resolve_neg() first")
-    desc.dtype = code
-    desc.ndim = <uint8_t>ndim
-    for i in range(ndim):
-        desc.shape[i] = shape[i]
-    source.contiguous = tensor.is_contiguous()
-    if not source.contiguous:
-        itemsize = tensor.element_size()
-        strides = tensor.stride()
-        for i in range(ndim):
-            source.strides[i] = <int64_t>strides[i] * itemsize
-    source.data = <void *><uintptr_t>tensor.data_ptr()
-    return 0
-
-
-cdef int _describe_buffer(object array, c.tsqp_tensor_desc *desc, Source *source) except -1:
-    """A NumPy array, through the buffer protocol. Its memory lives as long as the caller's reference."""
-    cdef Py_buffer view
-    cdef int i
-    cdef int64_t run
-    code = _NUMPY_CODES.get(array.dtype.name)
-    if code is None or array.dtype.byteorder == ">":
-        raise e.DTypeError(f"a NumPy array of dtype {array.dtype} can't be sent; convert it with astype()")
-    if array.ndim > c.TSQP_MAX_NDIM:
-        raise e.RankError(f"an array of {array.ndim} dimensions can't be sent; at most {c.TSQP_MAX_NDIM} are allowed")
-    if code == 3 or code >= FIRST_FLOAT8:
-        array = array.view(f"u{array.dtype.itemsize}")  # extension dtypes export no buffer
-    PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
-    try:
-        desc.dtype = code
-        desc.ndim = <uint8_t>view.ndim
-        source.data = view.buf
-        run = view.itemsize
-        source.contiguous = True
-        for i in range(view.ndim - 1, -1, -1):
-            desc.shape[i] = view.shape[i]
-            source.strides[i] = view.strides[i]
-            if view.shape[i] != 1 and view.strides[i] != run:
-                source.contiguous = False
-            run *= view.shape[i]
-    finally:
-        PyBuffer_Release(&view)
-    return 0
-
-
-cdef int _describe(object tensor, c.tsqp_tensor_desc *desc, Source *source) except -1:
-    if isinstance(tensor, Tensor):
-        return _describe_torch(tensor, desc, source)
-    if hasattr(tensor, "dtype") and PyObject_CheckBuffer(tensor) or type(tensor).__module__ == "numpy":
-        return _describe_buffer(tensor, desc, source)
-    raise e.MessageError(f"a {type(tensor).__name__} can't be sent; give torch tensors or NumPy arrays")
-
-
-# ---- destinations: what is received ----------------------------------------------------------------------
-
-cdef void _free_capsule(object capsule) noexcept:
-    # Runs for capsules nobody consumed; a consumer renames its capsule and owns the tensor.
-    if PyCapsule_IsValid(capsule, "dltensor"):
-        c.tsqp_tensor_delete(<c.DLManagedTensor *>PyCapsule_GetPointer(capsule, "dltensor"))
-
-
-cdef object _wrap(c.tsqp_tensor_desc *desc, void *data, c.tsqp_buffer *buffer, c.tsqp_segment *segment):
-    """A torch tensor over `data`; takes over the reference on `buffer` or `segment`."""
-    cdef c.DLManagedTensor *managed = c.tsqp_tensor_new(desc, data, buffer, segment)
-    if managed == NULL:
-        raise MemoryError("no memory for a received tensor")
-    tensor = from_dlpack(PyCapsule_New(managed, "dltensor", _free_capsule))
-    if desc.dtype >= FIRST_FLOAT8:
-        tensor = tensor.view(DTYPES[desc.dtype])
-    return tensor
-
-
-cdef object _copy_in(c.tsqp_tensor_desc *desc, const uint8_t *shared):
-    cdef c.tsqp_buffer *buffer = c.tsqp_buffer_new(desc.nbytes)
-    if buffer == NULL:
-        raise MemoryError(f"no memory for a received tensor of {desc.nbytes} bytes")
-    cdef void *data = c.tsqp_buffer_data(buffer)
-    cdef uint64_t nbytes = desc.nbytes
-    if nbytes >= NOGIL_BYTES:
-        with nogil:
-            c.tsqp_copy_from_shared(data, shared, nbytes)
-    else:
-        c.tsqp_copy_from_shared(data, shared, nbytes)
-    return _wrap(desc, data, buffer, NULL)
+include "_tensors.pxi"
 
 
 cdef class Lease:
     """``with`` block over a message whose tensors are views into its slot; they are valid inside it only."""
-
-    cdef Ring ring
-    cdef c.tsqp_slot slot
-    cdef bint open
-    cdef readonly Message message
 
     def __enter__(self):
         return self.message
@@ -288,31 +180,8 @@ cdef class Lease:
             c.tsqp_ring_release(self.ring.ptr, &self.slot)
 
 
-cdef class TensorBytes:
-    """Exports a contiguous tensor's memory as bytes and keeps the tensor alive; what a ZeroMQ frame sends."""
-
-    cdef object owner
-    cdef void *data
-    cdef Py_ssize_t nbytes
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.data, self.nbytes, 1, flags)
-
-    def __releasebuffer__(self, Py_buffer *view):
-        pass
-
-    def __len__(self):
-        return self.nbytes
-
-
 cdef class Codec:
     """Encodes and decodes one channel's messages; holds the scratch memory for it. One caller at a time."""
-
-    cdef c.tsqp_message out
-    cdef c.tsqp_message inn
-    cdef Source sources[64]
-    cdef uint8_t *scratch
-    cdef uint64_t scratch_bytes
 
     def __cinit__(self):
         self.scratch = NULL
@@ -335,22 +204,27 @@ cdef class Codec:
              uint32_t site, uint64_t index, uint64_t compute_ns, uint64_t queue_ns):
         """Fills the outgoing header and returns the message's total bytes. Raises MessageError classes."""
         cdef c.tsqp_message_header *header = &self.out.header
-        cdef Py_ssize_t count = len(tensors)
-        cdef Py_ssize_t i
-        if count > c.TSQP_MAX_TENSORS:
-            check(c.TSQP_TOO_MANY_TENSORS)
-        if flags & ~USER_FLAGS:
-            raise e.MessageError(f"flags={flags:#x} uses bits of the transport; only the low 24 are the user's")
         header.tag = tag
         header.flags = flags
         header.request_id = request_id
         header.status = status
-        header.tensor_count = <uint32_t>count
-        header.meta_bytes = <uint32_t>len(meta)
         header.site = site
         header.index = index
         header.compute_ns = compute_ns
         header.queue_ns = queue_ns
+        return self.begin(tensors, meta)
+
+    cdef uint64_t begin(self, tensors, bytes meta) except 0:
+        """The rest of :meth:`plan`, for a caller that has filled the header's own fields."""
+        cdef c.tsqp_message_header *header = &self.out.header
+        cdef Py_ssize_t count = len(tensors)
+        cdef Py_ssize_t i
+        if count > c.TSQP_MAX_TENSORS:
+            check(c.TSQP_TOO_MANY_TENSORS)
+        if header.flags & ~USER_FLAGS:
+            raise e.MessageError(f"flags={header.flags:#x} uses bits of the transport; only the low 24 are the user's")
+        header.tensor_count = <uint32_t>count
+        header.meta_bytes = <uint32_t>len(meta)
         for i in range(count):
             _describe(tensors[i], &self.out.tensors[i], &self.sources[i])
         check(c.tsqp_message_plan(&self.out))
@@ -359,34 +233,43 @@ cdef class Codec:
     def write(self, Ring ring, bytes meta, uint64_t deadline_ns):
         """Writes the planned message into the ring. The caller keeps the tensors alive until this returns."""
         cdef c.tsqp_slot slot
+        ring.acquire(&slot, deadline_ns)
+        self.write_slot(ring, meta, &slot)
+
+    cdef int write_slot(self, Ring ring, bytes meta, c.tsqp_slot *slot) except -1:
+        """Writes the planned message into an acquired slot and publishes it."""
         cdef uint64_t total = self.out.header.total_bytes
         cdef uint64_t head = c.tsqp_message_head_bytes(&self.out.header)
-        cdef uint8_t *scratch = self._scratch(head)
-        c.tsqp_message_write_head(&self.out, <char *>meta, scratch)
-        ring.acquire(&slot, deadline_ns)
+        cdef uint8_t small[HEAD_ON_STACK_BYTES]
+        cdef uint8_t *scratch = small
         if total > slot.nbytes:
-            c.tsqp_ring_cancel(ring.ptr, &slot)
+            c.tsqp_ring_cancel(ring.ptr, slot)
             raise e.MessageTooLargeError(f"a message of {total} bytes does not fit a slot of {slot.nbytes} bytes")
+        if head > HEAD_ON_STACK_BYTES:
+            scratch = self._scratch(head)
+        c.tsqp_message_write_head(&self.out, <char *>meta, scratch)
         if total >= NOGIL_BYTES:
             with nogil:
-                self._fill(slot.data, scratch, head)
+                self._fill(ring, slot, scratch, head)
         else:
-            self._fill(slot.data, scratch, head)
-        check(c.tsqp_ring_publish(ring.ptr, &slot, total))
+            self._fill(ring, slot, scratch, head)
+        return 0
 
-    cdef void _fill(self, uint8_t *slot, const uint8_t *head, uint64_t head_bytes) noexcept nogil:
+    cdef void _fill(self, Ring ring, c.tsqp_slot *slot, const uint8_t *head, uint64_t head_bytes) noexcept nogil:
+        cdef c.tsqp_outflow flow = c.tsqp_outflow(ring.ptr, slot, self.out.header.total_bytes, 0)
         cdef c.tsqp_tensor_desc *desc
         cdef Source *source
         cdef uint32_t i
-        c.tsqp_copy_to_shared(slot, head, head_bytes)
+        c.tsqp_copy_to_shared(slot.data, head, head_bytes)
         for i in range(self.out.header.tensor_count):
             desc = &self.out.tensors[i]
             source = &self.sources[i]
             if source.contiguous:
-                c.tsqp_copy_to_shared(slot + desc.offset, source.data, desc.nbytes)
+                c.tsqp_outflow_copy(&flow, desc.offset, source.data, desc.nbytes)
             else:
-                c.tsqp_pack_to_shared(slot + desc.offset, source.data, c.tsqp_dtype_itemsize(desc.dtype), desc.ndim,
-                                      desc.shape, source.strides)
+                c.tsqp_pack_to_shared(slot.data + desc.offset, source.data, c.tsqp_dtype_itemsize(desc.dtype),
+                                      desc.ndim, desc.shape, source.strides)
+        c.tsqp_outflow_mark(&flow, flow.total)
 
     def write_tiled_head(self, Ring ring, bytes meta, uint64_t deadline_ns):
         """Writes the head of the planned message; its payload follows by :meth:`write_tile`. False: it has no room
@@ -534,52 +417,96 @@ cdef class Codec:
         c.tsqp_copy_from_shared(scratch, rest + start, at + nbytes - start)
         return PyBytes_FromStringAndSize(<const char *>scratch + (at - start), <Py_ssize_t>nbytes)
 
-    cdef Message _read_slot(self, c.tsqp_slot *slot, Segment pinned):
-        """The message in a slot; `pinned` None copies its tensors out, else they are views that pin the mapping."""
+    cdef Message read_slot(self, Ring ring, c.tsqp_slot *slot, uint64_t deadline_ns, bint view):
+        """The message in an acquired slot, which may still be filling; its tensors are copied out or, with `view`,
+        lie in the slot and pin the mapping. A wait that fails gives the slot back unread."""
         cdef uint8_t first[FIRST_LOOK_BYTES]
         cdef uint64_t looked = slot.nbytes if slot.nbytes < FIRST_LOOK_BYTES else FIRST_LOOK_BYTES
+        cdef uint64_t head
         cdef Message message
         cdef c.tsqp_tensor_desc *desc
         cdef uint32_t i
+        if slot.filled < looked:
+            ring.fill_wait(slot, looked, deadline_ns)
         c.tsqp_copy_from_shared(first, slot.data, looked)
+        if slot.filled < slot.nbytes and looked >= sizeof(c.tsqp_message_header):
+            head = c.tsqp_message_head_bytes(<c.tsqp_message_header *>first)  # not validated yet: clipped
+            ring.fill_wait(slot, slot.nbytes if slot.nbytes < head else head, deadline_ns)
         self._parse(first, looked, slot.nbytes, slot.data)
         message = _new_message(&self.inn.header, self._meta(first, looked, slot.data), "ring")
         if self.inn.header.flags & OUT_OF_SLOT:
             return message  # its tensors are not in this slot
         if self.inn.header.total_bytes != slot.nbytes:
             check(c.TSQP_BAD_TOTAL)
+        if not view:
+            self._copy_tensors(ring, slot, message, deadline_ns)
+            return message
         for i in range(self.inn.header.tensor_count):
             desc = &self.inn.tensors[i]
-            if pinned is None:
-                message.tensors.append(_copy_in(desc, slot.data + desc.offset))
-            else:
-                c.tsqp_segment_retain(pinned.ptr)
-                message.tensors.append(_wrap(desc, slot.data + desc.offset, NULL, pinned.ptr))
+            c.tsqp_segment_retain(ring.segment.ptr)
+            message.tensors.append(_wrap(desc, slot.data + desc.offset, NULL, ring.segment.ptr))
+        if slot.filled < slot.nbytes:
+            ring.fill_wait(slot, slot.nbytes, deadline_ns)
         return message
+
+    cdef object _copy_tensors(self, Ring ring, c.tsqp_slot *slot, Message message, uint64_t deadline_ns):
+        """Copies the tensors of `inn` to private memory, following the sender where it still writes."""
+        cdef c.tsqp_tensor_desc *desc
+        cdef c.tsqp_buffer *buffer
+        cdef void *data
+        cdef uint64_t done
+        cdef uint32_t i
+        cdef int rc
+        for i in range(self.inn.header.tensor_count):
+            desc = &self.inn.tensors[i]
+            buffer = c.tsqp_buffer_new(desc.nbytes)
+            if buffer == NULL:
+                raise MemoryError(f"no memory for a received tensor of {desc.nbytes} bytes")
+            data = c.tsqp_buffer_data(buffer)
+            message.tensors.append(_wrap(desc, data, buffer, NULL))
+            done = 0
+            while True:
+                if desc.nbytes >= NOGIL_BYTES:
+                    with nogil:
+                        rc = c.tsqp_inflow_copy(ring.ptr, slot, desc.offset, data, desc.nbytes, &done)
+                else:
+                    rc = c.tsqp_inflow_copy(ring.ptr, slot, desc.offset, data, desc.nbytes, &done)
+                if rc == c.TSQP_OK:
+                    break
+                if rc != c.TSQP_AGAIN:
+                    check_ring(rc, f"segment {ring.segment.name}")
+                ring.fill_wait(slot, slot.filled + 1, deadline_ns)
+        if slot.filled < slot.nbytes:  # only padding is left: the sender has done with the slot after it
+            ring.fill_wait(slot, slot.nbytes, deadline_ns)
 
     def read(self, Ring ring, uint64_t deadline_ns):
         """The next message of the ring, copied to private memory."""
         cdef c.tsqp_slot slot
         ring.acquire(&slot, deadline_ns)
         try:
-            return self._read_slot(&slot, None)
+            return self.read_slot(ring, &slot, deadline_ns, False)
         finally:
             c.tsqp_ring_release(ring.ptr, &slot)
 
     def lease(self, Ring ring, uint64_t deadline_ns):
-        """The next message of the ring as a :class:`Lease`; deadline 0 returns None where none waits."""
-        cdef Lease lease = Lease.__new__(Lease)
+        """The next message of the ring as a :class:`Lease`; deadline 0 returns None where no whole one waits."""
+        cdef c.tsqp_slot slot
         if deadline_ns != 0:
-            ring.acquire(&lease.slot, deadline_ns)
-        elif not ring.try_acquire(&lease.slot):
+            ring.acquire(&slot, deadline_ns)
+        elif not ring.ready() or not ring.try_acquire(&slot):
             return None
+        return self.lease_slot(ring, &slot, deadline_ns)
+
+    cdef Lease lease_slot(self, Ring ring, c.tsqp_slot *slot, uint64_t deadline_ns):
+        cdef Lease lease = Lease.__new__(Lease)
         lease.ring = ring
-        lease.open = True
         try:
-            lease.message = self._read_slot(&lease.slot, ring.segment)
+            lease.message = self.read_slot(ring, slot, deadline_ns, True)
         except BaseException:
-            lease.release()
+            c.tsqp_ring_release(ring.ptr, slot)  # in vain where it was given back unread
             raise
+        lease.slot = slot[0]
+        lease.open = True
         return lease
 
     def decode_frames(self, head, list frames):
@@ -609,89 +536,7 @@ cdef class Codec:
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
 
-cdef class Assembly:
-    """A tiled message on its way: private tensors that fill tile by tile."""
-
-    cdef c.tsqp_message plan
-    cdef void *data[64]
-    cdef uint64_t at
-    cdef readonly Message message
-
-    cdef allocate(self):
-        cdef c.tsqp_buffer *buffer
-        cdef uint32_t i
-        for i in range(self.plan.header.tensor_count):
-            buffer = c.tsqp_buffer_new(self.plan.tensors[i].nbytes)
-            if buffer == NULL:
-                raise MemoryError(f"no memory for a received tensor of {self.plan.tensors[i].nbytes} bytes")
-            self.data[i] = c.tsqp_buffer_data(buffer)
-            self.message.tensors.append(_wrap(&self.plan.tensors[i], self.data[i], buffer, NULL))
-
-    @property
-    def complete(self):
-        return self.at == self.plan.header.total_bytes
-
-    def feed(self, Ring ring, uint64_t deadline_ns):
-        """Takes one tile from the ring. False: the sender gave this message up."""
-        cdef c.tsqp_slot slot
-        ring.acquire(&slot, deadline_ns)
-        try:
-            if slot.nbytes == 0:
-                return False
-            if slot.nbytes % 64 or slot.nbytes > self.plan.header.total_bytes - self.at:
-                check(c.TSQP_BAD_TOTAL)
-            with nogil:
-                self._take(slot.data, slot.nbytes)
-            self.at += slot.nbytes
-            return True
-        finally:
-            c.tsqp_ring_release(ring.ptr, &slot)
-
-    cdef void _take(self, const uint8_t *shared, uint64_t nbytes) noexcept nogil:
-        cdef c.tsqp_tensor_desc *desc
-        cdef uint64_t first, last
-        cdef uint32_t i
-        for i in range(self.plan.header.tensor_count):
-            desc = &self.plan.tensors[i]
-            first = desc.offset if desc.offset > self.at else self.at
-            last = desc.offset + desc.nbytes
-            if last > self.at + nbytes:
-                last = self.at + nbytes
-            if first < last:
-                c.tsqp_copy_from_shared(<uint8_t *>self.data[i] + (first - desc.offset), shared + (first - self.at),
-                                        last - first)
-
-
-def give_up(Ring ring, uint64_t deadline_ns):
-    """Tells the receiver that the tiled message under way will not be finished."""
-    cdef c.tsqp_slot slot
-    ring.acquire(&slot, deadline_ns)
-    check(c.tsqp_ring_publish(ring.ptr, &slot, 0))
-
-
-cdef class Announcement:
-    """An acquired slot that will say: the next message comes over ZeroMQ. Publish it, or cancel it."""
-
-    cdef Ring ring
-    cdef c.tsqp_slot slot
-    cdef bint open
-
-    def publish(self, uint64_t sequence):
-        cdef c.tsqp_message note
-        cdef uint8_t head[128]
-        memset(&note.header, 0, sizeof(note.header))
-        note.header.flags = FLAG_VIA_ZMQ
-        note.header.index = sequence
-        check(c.tsqp_message_plan(&note))
-        c.tsqp_message_write_head(&note, NULL, head)
-        c.tsqp_copy_to_shared(self.slot.data, head, sizeof(head))
-        self.open = False
-        check(c.tsqp_ring_publish(self.ring.ptr, &self.slot, sizeof(head)))
-
-    def cancel(self):
-        if self.open:
-            self.open = False
-            check(c.tsqp_ring_cancel(self.ring.ptr, &self.slot))
+include "_parts.pxi"
 
 
 def deadline_ns(timeout):

@@ -93,129 +93,7 @@ cdef uint64_t deadline_of(object timeout) except? 0:
     return c.tsqp_now_ns() + <uint64_t>(seconds * 1e9)
 
 
-_segments = weakref.WeakSet()
-
-
-def _after_fork_in_child():
-    """A child holds copies of the parent's ends: it must not keep their locks alive."""
-    for segment in list(_segments):
-        (<Segment>segment).drop_in_child()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-cdef class Segment:
-    """A mapped shared-memory segment of one or two rings; end 0 is its creator, end 1 who attached."""
-
-    def __cinit__(self):
-        self.ptr = NULL
-
-    @staticmethod
-    def create(uint64_t max_chunk_bytes, uint64_t max_chunks, unsigned ring_count, name=None):
-        """Creates a segment (mode 0600, space reserved). Raises SharedMemoryFullError, SegmentExistsError, ..."""
-        cdef Segment self = Segment.__new__(Segment)
-        cdef c.tsqp_geometry geometry = c.tsqp_geometry(max_chunk_bytes, max_chunks, ring_count)
-        cdef bytes encoded = None if name is None else os.fsencode(name)
-        cdef const char *text = NULL
-        if encoded is not None:
-            text = encoded
-        cdef int rc
-        with nogil:
-            rc = c.tsqp_segment_create(&geometry, text, &self.ptr)
-        what = f"segment {name}" if name else "a new segment"
-        if rc == c.TSQP_FULL:
-            raise e.SharedMemoryFullError(_full_message(what, c.tsqp_segment_bytes(&geometry)))
-        check(rc, what)
-        self._adopt(geometry, True)
-        return self
-
-    @staticmethod
-    def attach(uint64_t max_chunk_bytes, uint64_t max_chunks, unsigned ring_count, str name, bytes session=None):
-        """Maps an existing segment after checking every field of its header against the arguments."""
-        cdef Segment self = Segment.__new__(Segment)
-        cdef c.tsqp_geometry geometry = c.tsqp_geometry(max_chunk_bytes, max_chunks, ring_count)
-        cdef bytes encoded = os.fsencode(name)
-        cdef const char *text = encoded
-        cdef uint64_t words[2]
-        cdef uint64_t *wanted = NULL
-        if session is not None:
-            if len(session) != 16:
-                raise e.ConfigError(f"a session id has 16 bytes, not {len(session)}; pass the creator's handle() on")
-            words[0] = int.from_bytes(session[:8], "little")
-            words[1] = int.from_bytes(session[8:], "little")
-            wanted = words
-        check(c.tsqp_segment_attach(&geometry, text, wanted, &self.ptr), f"segment {name}")
-        self._adopt(geometry, False)
-        return self
-
-    def _adopt(self, geometry, is_creator):
-        self.max_chunk_bytes = geometry["max_chunk_bytes"]
-        self.max_chunks = geometry["max_chunks"]
-        self.ring_count = geometry["ring_count"]
-        self.is_creator = is_creator
-        self.beat_at = c.tsqp_now_ns()
-        _segments.add(self)
-
-    def __dealloc__(self):
-        if self.ptr != NULL:
-            # An end that is just dropped says goodbye too: the peer must not wait for it.
-            c.tsqp_segment_close_end(self.ptr)
-            c.tsqp_segment_release(self.ptr)
-            self.ptr = NULL
-
-    cdef int usable(self) except -1:
-        if self.ptr == NULL:
-            raise e.RingUsageError("this segment is not usable here: it was inherited by fork; "
-                                   "attach in the child with the parent's handle()")
-        return 0
-
-    def drop_in_child(self):
-        """After fork, in the child: forgets the segment without closing, unlinking or unlocking it."""
-        if self.ptr != NULL:
-            c.tsqp_segment_forget_after_fork(self.ptr)
-            # Rings and views may still point into the mapping, so it stays until the child exits.
-            self.ptr = NULL
-
-    @property
-    def name(self):
-        self.usable()
-        return c.tsqp_segment_name(self.ptr).decode()
-
-    @property
-    def session(self):
-        """The random 16-byte id of this segment."""
-        cdef uint64_t words[2]
-        self.usable()
-        c.tsqp_segment_session(self.ptr, words)
-        return words[0].to_bytes(8, "little") + words[1].to_bytes(8, "little")
-
-    @property
-    def nbytes(self):
-        self.usable()
-        return c.tsqp_segment_length(self.ptr)
-
-    def unlink(self):
-        """Removes the name; the memory lives on while an end maps it."""
-        self.usable()
-        check(c.tsqp_segment_unlink(self.ptr), f"unlinking segment {self.name}")
-
-    def close_end(self):
-        """Tells the peer that this end is finished."""
-        if self.ptr != NULL:
-            c.tsqp_segment_close_end(self.ptr)
-
-    cdef note_heartbeat(self):
-        cdef uint64_t beat = c.tsqp_segment_peer_heartbeat(self.ptr)
-        if beat != self.beat_seen:
-            self.beat_seen = beat
-            self.beat_at = c.tsqp_now_ns()
-
-    def peer_silent_s(self):
-        """Seconds since the peer's heartbeat was last seen to move, by this end's own clock."""
-        self.usable()
-        self.note_heartbeat()
-        return (c.tsqp_now_ns() - self.beat_at) / 1e9
+include "_segment.pxi"
 
 
 cdef class Ring:
@@ -260,51 +138,79 @@ cdef class Ring:
         return 0
 
     cdef int acquire(self, c.tsqp_slot *slot, uint64_t deadline_ns) except -1:
-        cdef uint64_t now, left
+        """The next slot. A reader's may still be filling: see :meth:`fill_wait`."""
         cdef c.tsqp_watch watch
-        cdef c.tsqp_waiter *waiter
-        cdef int rc
         if self.try_acquire(slot):
             return 0
         c.tsqp_segment_beat(self.segment.ptr)
-        waiter = c.tsqp_ring_waiter(self.ptr)
         while True:
-            now = c.tsqp_now_ns()
-            if now >= deadline_ns:
-                self.check_peer()
-                raise e.WaitTimeoutError(self._timeout_text())
-            left = deadline_ns - now
             watch = c.tsqp_ring_watch(self.ptr)
-            with nogil:
-                rc = c.tsqp_wait(waiter, &watch, 1, left if left < SLICE_NS else SLICE_NS)
+            self.wait_slice(&watch, deadline_ns)
             if self.try_acquire(slot):
                 return 0
-            if rc != c.TSQP_OK:
-                PyErr_CheckSignals()
-                c.tsqp_segment_beat(self.segment.ptr)
-                self.segment.note_heartbeat()
-                if self.check_peer() and self.try_acquire(slot):
+
+    cdef int wait_slice(self, c.tsqp_watch *watch, uint64_t deadline_ns) except -1:
+        """Waits for one word, a slice of time at most. Raises at the deadline, for a signal, and where the peer is
+        dead and left nothing."""
+        cdef uint64_t now = c.tsqp_now_ns()
+        cdef uint64_t left
+        cdef int rc
+        if now >= deadline_ns:
+            self.check_peer()
+            raise e.WaitTimeoutError(self._timeout_text())
+        left = deadline_ns - now
+        with nogil:
+            rc = c.tsqp_wait(c.tsqp_ring_waiter(self.ptr), watch, 1, left if left < SLICE_NS else SLICE_NS)
+        if rc == c.TSQP_OK:
+            return 0
+        PyErr_CheckSignals()
+        if self.closed:
+            check(c.TSQP_CLOSED, "the ring")
+        self.segment.usable()
+        c.tsqp_segment_beat(self.segment.ptr)
+        self.segment.note_heartbeat()
+        if c.tsqp_load_acquire(watch.word) == watch.idle:
+            self.check_peer()
+        return 0
+
+    cdef int fill_wait(self, c.tsqp_slot *slot, uint64_t upto, uint64_t deadline_ns) except -1:
+        """Waits until `upto` bytes of an acquired message are there. On an exception it is given back unread."""
+        cdef c.tsqp_watch watch
+        cdef bint closed
+        cdef int rc
+        try:
+            while True:
+                closed = c.tsqp_segment_peer_closed(self.segment.ptr)  # before the look: it may finish, then close
+                rc = c.tsqp_ring_follow(self.ptr, slot, upto)
+                if rc == c.TSQP_OK:
                     return 0
+                if rc != c.TSQP_AGAIN:
+                    check(rc, f"segment {self.segment.name}")
+                if closed:
+                    raise e.ClosedError(f"the peer of {self.segment.name} closed it in the middle of a message")
+                watch = c.tsqp_ring_fill_watch(self.ptr, slot)
+                self.wait_slice(&watch, deadline_ns)
+        except BaseException:
+            if self.segment.ptr != NULL:
+                c.tsqp_ring_unread(self.ptr, slot)
+            raise
 
     cdef int check_peer(self) except -1:
-        """Raises PeerDiedError; returns 1 where the caller should look once more before it waits on."""
+        """Raises PeerDiedError where the peer is dead and nothing it published is left."""
         reason = None
         if c.tsqp_segment_peer_locked(self.segment.ptr) == 0:
             reason = "the kernel released its lock on the segment although it had not closed it"
         elif self.liveness is not None:
             reason = self.liveness()
-        if reason is None:
+        if reason is None or c.tsqp_segment_peer_closed(self.segment.ptr):
             return 0
-        if c.tsqp_segment_peer_closed(self.segment.ptr):
-            return 1
         if not self.is_producer and self.has_message():
-            return 1  # what the dead peer published before is still delivered
+            return 0  # what the dead peer published before is still delivered
         peer = "attached end" if self.segment.is_creator else "creating end"
         raise e.PeerDiedError(f"the {peer} of {self.segment.name} died: {reason}")
 
     cdef bint has_message(self):
-        cdef c.tsqp_watch watch = c.tsqp_ring_watch(self.ptr)
-        return c.tsqp_load_acquire(watch.word) != watch.idle
+        return c.tsqp_ring_ready(self.ptr)
 
     def _timeout_text(self):
         what = "a free slot" if self.is_producer else "a message"
@@ -317,11 +223,9 @@ cdef class Ring:
         return c.tsqp_ring_free_slots(self.ptr)
 
     def ready(self):
-        """True if a message waits (consumer), or nobody will send one any more."""
-        cdef c.tsqp_watch watch
+        """True if a whole message waits (consumer), a slot is free (producer), or the peer closed."""
         self.segment.usable()
-        watch = c.tsqp_ring_watch(self.ptr)
-        return c.tsqp_load_acquire(watch.word) != watch.idle or c.tsqp_segment_peer_closed(self.segment.ptr)
+        return c.tsqp_ring_ready(self.ptr) or c.tsqp_segment_peer_closed(self.segment.ptr)
 
     def close(self):
         """Ends this end's use of the ring and wakes the peer. The segment's closed word is the segment's."""
@@ -333,10 +237,6 @@ cdef class Ring:
 
 cdef class Doorbell:
     """A word of this process that ends a `Doorbell.wait` over many rings from another thread."""
-
-    cdef c.tsqp_doorbell bell
-    cdef c.tsqp_waiter waiter
-    cdef uint64_t seen
 
     def __init__(self, double spin_us=400, bint futex=True, str wait="auto"):
         if wait not in WAIT_MODES:
@@ -392,231 +292,4 @@ cdef class Doorbell:
             free(watches)
 
 
-class RingHandle(NamedTuple):
-    """What another process needs to attach: ``ShmRingBuffer(*handle)``. Picklable."""
-
-    max_chunk_bytes: int
-    max_chunks: int
-    name: str
-    session: bytes
-
-
-cdef class _SlotBytes:
-    """Exports a slot's bytes and keeps the mapping alive as long as a view of them lives."""
-
-    cdef Segment segment
-    cdef uint8_t *data
-    cdef Py_ssize_t nbytes
-    cdef bint readonly
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.data, self.nbytes, self.readonly, flags)
-
-    def __releasebuffer__(self, Py_buffer *view):
-        pass
-
-
-cdef class _Acquired:
-    """The context manager of acquire_write and acquire_read."""
-
-    cdef Ring ring
-    cdef object timeout
-    cdef object nbytes
-    cdef object view
-    cdef c.tsqp_slot slot
-
-    def __enter__(self):
-        cdef _SlotBytes exported
-        if self.view is not None:
-            raise e.RingUsageError("this acquire is already open; call acquire_write() or acquire_read() again")
-        if self.nbytes is not None and not 0 <= self.nbytes <= self.ring.segment.max_chunk_bytes:
-            raise e.MessageTooLargeError(f"{self.nbytes} bytes do not fit a slot of "
-                                         f"{self.ring.segment.max_chunk_bytes} bytes; raise max_chunk_bytes")
-        self.ring.acquire(&self.slot, deadline_of(self.timeout))
-        exported = _SlotBytes.__new__(_SlotBytes)
-        exported.segment = self.ring.segment
-        exported.data = self.slot.data
-        exported.nbytes = <Py_ssize_t>(self.slot.nbytes if self.nbytes is None else self.nbytes)
-        exported.readonly = not self.ring.is_producer
-        self.view = memoryview(exported)
-        return self.view
-
-    def __exit__(self, kind, value, traceback):
-        cdef uint64_t nbytes = len(self.view)
-        try:
-            self.view.release()
-        except BufferError:
-            # Somebody keeps an array over it: it pins the mapping, and its contents are stale from now on.
-            self.view = None
-        self.view = None
-        self.ring.segment.usable()  # a forked child must not publish or release what its parent will
-        if not self.ring.is_producer:
-            check(c.tsqp_ring_release(self.ring.ptr, &self.slot), "release")
-        elif kind is not None:
-            check(c.tsqp_ring_cancel(self.ring.ptr, &self.slot), "cancel")
-        else:
-            check(c.tsqp_ring_publish(self.ring.ptr, &self.slot, nbytes), "publish")
-        return False
-
-
-cdef class ShmRingBuffer:
-    """A single-producer, single-consumer ring of byte slots in POSIX shared memory.
-
-    Args:
-        max_chunk_bytes: size of a slot in bytes (64 to 2**40).
-        max_chunks: number of slots (1 to 1024).
-        name: None creates a segment with a random name; a name attaches to it, or, with ``create=True``,
-            creates it under this fixed name, which must start with ``tsqp``.
-        session: the creator's session id, from :meth:`handle`; None skips that check.
-        wait: ``auto`` (spin while it pays, then block), ``spin``, ``block`` or ``poll`` (no futex).
-        spin_us: the longest spin before blocking, in microseconds.
-
-    Raises:
-        SharedMemoryFullError, SegmentNotFoundError, SegmentExistsError, SegmentPermissionError,
-        SegmentFormatError, SegmentVersionError, SegmentGeometryError, SegmentTruncatedError, ConfigError.
-
-    One process writes and one reads; which does which is decided by the first call. The creator's lock and the
-    attacher's lock on the file tell each end when the other died (`PeerDiedError`).
-    """
-
-    cdef readonly Segment segment
-    cdef Ring producer
-    cdef Ring consumer
-    cdef object _wait
-    cdef double _spin_us
-    cdef bint _closed
-
-    def __init__(self, max_chunk_bytes=10 << 20, max_chunks=10, name=None, session=None, *, create=None,
-                 wait="auto", spin_us=400.0):
-        if wait not in WAIT_MODES:
-            raise e.ConfigError(f"wait={wait!r} is none of {', '.join(WAIT_MODES)}")
-        for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
-            if not isinstance(value, int) or not 0 < value < 1 << 63:
-                raise e.SegmentGeometryError(f"{label}={value!r} is not a positive whole number of reasonable size")
-        if create is None:
-            create = name is None
-        if create:
-            self.segment = Segment.create(max_chunk_bytes, max_chunks, 1, name)
-        else:
-            if name is None:
-                raise e.ConfigError("create=False needs the name of an existing segment; pass handle() on")
-            self.segment = Segment.attach(max_chunk_bytes, max_chunks, 1, name, session)
-        self._wait = wait
-        self._spin_us = spin_us
-
-    def handle(self):
-        """The :class:`RingHandle` with which another process attaches."""
-        segment = self.segment
-        return RingHandle(segment.max_chunk_bytes, segment.max_chunks, segment.name, segment.session)
-
-    @property
-    def name(self):
-        """The segment's file name in the shared-memory directory."""
-        return self.segment.name
-
-    @property
-    def max_chunk_bytes(self):
-        return self.segment.max_chunk_bytes
-
-    @property
-    def max_chunks(self):
-        return self.segment.max_chunks
-
-    @property
-    def is_creator(self):
-        return self.segment.is_creator
-
-    @property
-    def closed(self):
-        return self._closed
-
-    cdef Ring _ring(self, bint producer):
-        if self._closed:
-            check(c.TSQP_CLOSED, "this ring")
-        if producer:
-            if self.producer is None:
-                self.producer = Ring(self.segment, 0, True, self._wait, self._spin_us)
-            return self.producer
-        if self.consumer is None:
-            self.consumer = Ring(self.segment, 0, False, self._wait, self._spin_us)
-        return self.consumer
-
-    def acquire_write(self, timeout=None, nbytes=None):
-        """A context manager yielding a writable memoryview of a free slot; published when the block ends.
-
-        Args:
-            timeout: seconds to wait for a free slot; None waits for ever, 0 tries once.
-            nbytes: length of the message; None publishes the whole slot.
-
-        An exception inside the block publishes nothing. Raises WaitTimeoutError, ClosedError, PeerDiedError,
-        MessageTooLargeError, RingUsageError (a write is already open).
-        """
-        return self._acquired(self._ring(True), timeout, nbytes)
-
-    def acquire_read(self, timeout=None):
-        """A context manager yielding a read-only memoryview of the next message; its slot is freed when the
-        block ends. Raises WaitTimeoutError, ClosedError (the writer closed and all is read), PeerDiedError."""
-        return self._acquired(self._ring(False), timeout, None)
-
-    cdef _acquired(self, Ring ring, timeout, nbytes):
-        cdef _Acquired acquired = _Acquired.__new__(_Acquired)
-        acquired.ring = ring
-        acquired.timeout = timeout
-        acquired.nbytes = nbytes
-        return acquired
-
-    def unlink(self):
-        """Removes the name from the shared-memory directory now; both mappings stay usable."""
-        self.segment.unlink()
-
-    def close(self):
-        """Closes this end: the peer reads what was published, then gets ClosedError. The creator unlinks."""
-        if self._closed:
-            return
-        self._closed = True
-        if self.segment is None or self.segment.ptr == NULL:
-            return
-        self.segment.close_end()
-        for ring in (self.producer, self.consumer):
-            if ring is not None:
-                ring.close()
-        # An end that never used the ring in a direction still has to wake a peer that waits there.
-        for producer in (True, False):
-            Ring(self.segment, 0, producer).close()
-        self.segment.unlink()
-
-    def __reduce__(self):
-        raise TypeError("a ShmRingBuffer can't be pickled; pass its handle() and attach with ShmRingBuffer(*handle)")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
-
-
-# ---- owners of segments, for tsqp.segments ----
-
-def segment_owner(str name):
-    """(pid, start, pid namespace, nbytes, creator holds its lock) of a segment file, or None if it is not one."""
-    cdef c.tsqp_owner owner
-    cdef bytes encoded = os.fsencode(name)
-    if c.tsqp_segment_owner(encoded, &owner) != c.TSQP_OK:
-        return None
-    return owner.pid, owner.start, owner.pidns, owner.segment_bytes, bool(owner.locked)
-
-
-def process_start(uint64_t pid):
-    """Clock ticks after boot at which `pid` started, or None if there is no such process here."""
-    cdef uint64_t start
-    return start if c.tsqp_process_start(pid, &start) == c.TSQP_OK else None
-
-
-def pid_namespace():
-    """The inode of this process's pid namespace, 0 if unknown."""
-    return c.tsqp_pid_namespace()
-
-
-def shm_directory():
-    """Where segments live: /dev/shm, or TSQP_SHM_DIR."""
-    return c.tsqp_shm_directory().decode()
+include "_shm_ring.pxi"

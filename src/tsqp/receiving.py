@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
-from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Codec, Lease, Message, deadline_ns
+from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Lease, Message, deadline_ns
 from ._ring import Ring
 from .errors import MessageError, PeerDiedError, ProtocolError, WaitTimeoutError
 from .links import Link
+
+if TYPE_CHECKING:
+    from .transport import Channel
 
 #: A deadline that has passed: take what is there.
 NOW_NS = 0
@@ -32,17 +35,22 @@ class HeldMessage:
 
 
 class Receiver:
-    """Reads one direction of a channel. Callers hold :attr:`lock` from a call's start to its end."""
+    """Reads one direction of a channel where a message is not simply the ring's next slot. Callers hold the channel's
+    receive gate from a call's start to its end."""
 
-    def __init__(self, link: Link, ring: Ring | None, peer: str, max_message_bytes: int) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, channel: Channel, link: Link, max_message_bytes: int) -> None:
         self.ring_count = self.ring_bytes = self.zmq_count = self.zmq_bytes = 0
         self.ahead_bytes = 0
-        self._link, self._ring, self._peer, self._max_message_bytes = link, ring, peer, max_message_bytes
-        self._codec = Codec()
+        self._channel, self._link, self._peer = channel, link, channel.peer
+        self._codec, self._ring, self._max_message_bytes = channel._decoder, channel._rx, max_message_bytes
         self._ahead: deque[Message | MessageError] = deque()
         self._awaited: int | None = None  # an announced ZeroMQ message that has not arrived yet
         self._assembly: Assembly | None = None  # a tiled message of which tiles are missing
+
+    def _note_state(self) -> None:
+        """Lets the channel know whether its next message is simply the ring's next slot."""
+        parts = self._awaited is not None or self._assembly is not None
+        self._channel.direct_receive = not (self._ahead or parts or self._ring is None)
 
     # ---- state ----
 
@@ -82,7 +90,7 @@ class Receiver:
             raise WaitTimeoutError(f"no message from {self._peer} before the deadline; it is connected: wait longer")
         if not leased.message.flags & _OUT_OF_SLOT:
             return self._count_lease(leased)
-        self._begin(leased.message)
+        self.begin(leased.message)
         leased.release()
         return HeldMessage(self.receive(deadline))
 
@@ -98,7 +106,7 @@ class Receiver:
             return None
         if not leased.message.flags & _OUT_OF_SLOT:
             return self._count_lease(leased)
-        self._begin(leased.message)
+        self.begin(leased.message)
         leased.release()
         return self._held(self._next(NOW_NS))
 
@@ -108,15 +116,18 @@ class Receiver:
             message = self._next(NOW_NS)
         except MessageError as error:
             self._ahead.append(error)  # in its turn: whoever sends meanwhile has nothing to do with it
+            self._note_state()
             return True
         if message is None:
             return False
         self._ahead.append(message)
         self.ahead_bytes += message.nbytes
+        self._note_state()
         return True
 
     def _take_ahead(self) -> Message:
         message = self._ahead.popleft()
+        self._note_state()
         if isinstance(message, MessageError):
             raise message
         self.ahead_bytes -= message.nbytes
@@ -150,7 +161,7 @@ class Receiver:
         """The message in the ring's next slot; None if the slot only says where a message is."""
         message = self._codec.read(ring, deadline)
         if message.flags & _OUT_OF_SLOT:
-            self._begin(message)
+            self.begin(message)
             return None
         self.ring_count += 1
         self.ring_bytes += message.nbytes
@@ -162,26 +173,30 @@ class Receiver:
         if reason and not ring.ready():
             raise PeerDiedError(f"{self._peer} died: {reason}")
 
-    def _begin(self, note: Message) -> None:
+    def begin(self, note: Message) -> None:
         """`note` said where the message really is."""
         if note.flags & FLAG_VIA_ZMQ:
             self._awaited = note.index
         else:
             self._assembly = self._codec.assemble(note, self._max_message_bytes)
+        self._note_state()
 
     def _feed(self, assembly: Assembly, deadline: int) -> bool:
         assert self._ring is not None
         try:
             if not assembly.complete and not assembly.feed(self._ring, deadline):
                 self._assembly = None  # the sender gave it up; what follows is the next message
+                self._note_state()
                 return False
         except MessageError:
             self._assembly = None  # this slot held no tile of it
+            self._note_state()
             raise
         return assembly.complete
 
     def _finish(self, assembly: Assembly) -> Message:
         self._assembly = None
+        self._note_state()
         self.ring_count += 1
         self.ring_bytes += assembly.message.nbytes
         return assembly.message
@@ -192,6 +207,7 @@ class Receiver:
             return None
         sequence, head, frames = arrived
         awaited, self._awaited = self._awaited, None
+        self._note_state()
         if awaited is not None and sequence != awaited:
             raise ProtocolError(f"{self._peer} announced large message {awaited}, sent {sequence}; close the channel")
         message = self._codec.decode_frames(head, frames)

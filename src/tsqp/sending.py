@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from ._message import Codec, deadline_ns, give_up
+from ._message import deadline_ns, give_up
 from ._ring import Ring
 from .errors import MessageTooLargeError, WaitTimeoutError
 from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
+
+if TYPE_CHECKING:
+    from .transport import Channel
 
 #: A tile small enough to be still in cache when the peer copies it out, large enough to make its cost vanish.
 TILE_BYTES = 1 << 20
@@ -20,22 +22,18 @@ PATIENCE_S = 0.001
 
 
 class Sender:
-    """Writes one direction of a channel. Callers hold :attr:`lock`.
+    """Writes one direction of a channel where that takes more than a slot that is free. Callers hold the channel's
+    send gate."""
 
-    `make_room` waits for a free slot while it reads what the peer sends; it is called only when the ring is full.
-    """
-
-    def __init__(self, link: Link, ring: Ring | None, threshold: int, large: str, make_room: Callable[[int], None]):
-        self.lock = threading.Lock()
+    def __init__(self, channel: Channel, link: Link, large: str) -> None:
         self.ring_count = self.ring_bytes = self.zmq_count = self.zmq_bytes = 0
-        self._link, self._ring, self._make_room = link, ring, make_room
-        self._threshold = threshold if ring is not None else 0
+        self._channel, self._link = channel, link
+        self._codec, self._ring = channel._encoder, channel._tx
+        ring = self._ring
         self._tiled = large == "tile" and ring is not None
         self._tile_bytes = TILE_BYTES if ring is None else min(TILE_BYTES, ring.segment.max_chunk_bytes // 64 * 64)
-        self._codec = Codec()
         self._sequence = 0  # of messages over ZeroMQ
         self._tail: _Tail | None = None
-        self.unfinished = False  # tiles of a message that was given away are still to be written
         self._broken_off = False  # the receiver waits for tiles that will not come
 
     def send(
@@ -48,7 +46,7 @@ class Sender:
         if ring is not None and (self._broken_off or not ring.ready()):
             self._clear(ring, deadline)
         total = self._codec.plan(tensors, meta, *fields)
-        if ring is not None and total < self._threshold:
+        if ring is not None and total < self._channel.threshold:
             self._codec.write(ring, meta, deadline)
             self._count_ring(total)
         elif total > MAX_FRAME_BYTES:
@@ -58,7 +56,8 @@ class Sender:
         elif ring is not None and self._tiled and self._codec.planned_head_bytes <= ring.segment.max_chunk_bytes:
             self._codec.write_tiled_head(ring, meta, deadline)
             self._tail = _Tail(self._codec.make_contiguous(tensors), total - self._codec.planned_head_bytes)
-            self.unfinished = transfer
+            self._channel.flush_due = transfer
+            self._channel.direct_send = False
             self._broken_off = True
             self._count_ring(total)
             # What was given away can follow later; what the caller may change must be gone when this returns.
@@ -81,7 +80,7 @@ class Sender:
         try:
             while tail.at < tail.nbytes:
                 if waits and not ring.ready():
-                    self._make_room(deadline)
+                    self._channel._make_room(deadline)
                 nbytes = min(self._tile_bytes, tail.nbytes - tail.at)
                 self._codec.write_tile(ring, tail.at, nbytes, deadline if waits else deadline_ns(PATIENCE_S))
                 tail.at += nbytes
@@ -92,7 +91,8 @@ class Sender:
             return False
         finally:
             if waits or not self._broken_off:
-                self._tail, self.unfinished = None, False
+                self._tail, self._channel.flush_due = None, False
+            self._channel.direct_send = self._tail is None and not self._broken_off
         return True
 
     def _count_ring(self, nbytes: int) -> None:
@@ -104,12 +104,13 @@ class Sender:
         if self._tail is not None:
             self.flush(deadline)
         if not ring.ready():
-            self._make_room(deadline)
+            self._channel._make_room(deadline)
         if self._broken_off:
             give_up(ring, deadline)
             self._broken_off = False
+            self._channel.direct_send = True
             if not ring.ready():
-                self._make_room(deadline)
+                self._channel._make_room(deadline)
 
     def _send_link(self, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
         head = self._codec.head_bytes(meta)

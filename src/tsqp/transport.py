@@ -11,11 +11,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import handshake as hs
-from ._message import Lease, Message, deadline_ns, pack_meta
+from ._channel import Port
+from ._message import Lease, Message
 from ._ring import Doorbell, Ring, Segment
 from .config import parse_endpoint
 from .errors import (
@@ -56,7 +57,7 @@ def _close_open() -> None:
         closable.close()
 
 
-class Channel:
+class Channel(Port):
     """One end of a connection. Threads may share it: sends are one at a time, and so are receives.
 
     Attributes: ``threshold`` (bytes from which a message is large), ``peer`` (text), ``transport`` (``shm+ipc``,
@@ -76,68 +77,30 @@ class Channel:
         peer: str,
         bell: Doorbell,
     ) -> None:
-        self.peer, self.threshold = peer, threshold
+        super().__init__(tx, rx, threshold)
+        self.peer = peer
         self.transport = f"shm+{scheme}" if segment is not None else scheme
         self.on_close: Callable[[Channel], None] = lambda channel: None
-        self._link, self._segment, self._tx, self._rx, self._bell = link, segment, tx, rx, bell
-        # Through a weak reference: a cycle would keep a closed channel's segment mapped until the garbage collector
-        # comes. The channel lives while it sends.
-        me = weakref.ref(self)
-
-        def make_room(deadline: int) -> None:
-            channel = me()
-            if channel is not None:
-                channel._make_room(deadline)
-
-        self._sender = Sender(link, tx, threshold, large, make_room)
-        self._receiver = Receiver(link, rx, peer, MAX_MESSAGE_BYTES)
-        self._closed = False
+        self._link, self._segment, self._bell = link, segment, bell
+        # They reach back through a weak reference: a cycle would keep a closed channel's segment mapped until the
+        # garbage collector comes. The channel lives while it sends.
+        me = weakref.proxy(self)
+        self._sender = Sender(me, link, large)
+        self._receiver = Receiver(me, link, MAX_MESSAGE_BYTES)
         for ring in (tx, rx):
             if ring is not None:
                 ring.liveness = link.dead
         close_at_exit(self)
 
-    # ---- send ----
+    # ---- send: where the short way of Port is not open ----
 
-    def send(
-        self,
-        tensors: Sequence[Any],
-        *,
-        tag: int = 0,
-        meta: Mapping[str, Any] | bytes | None = None,
-        request_id: int = 0,
-        status: int = 0,
-        flags: int = 0,
-        site: int = 0,
-        index: int = 0,
-        compute_ns: int = 0,
-        queue_ns: int = 0,
-        timeout: float | None = None,
-        transfer: bool = False,
+    def _send_slow(
+        self, tensors: Sequence[Any], meta: bytes, fields: tuple[int, ...], timeout: float | None, transfer: bool
     ) -> int:
-        """Sends one message; when it returns, the tensors may be changed.
-
-        Args:
-            tensors: at most 64 torch CPU tensors or NumPy arrays, of any rank up to 8, contiguous or not.
-            tag: the method, or what the user likes (32 bits); request_id: ties replies to requests (64 bits).
-            meta: a small mapping (packed at most 64 KiB), or bytes that are msgpack already.
-            flags: 24 bits for the user; status, site, index, compute_ns, queue_ns: header fields of RPC.
-            timeout: seconds; None waits for ever, but notices a dead peer.
-            transfer: the caller gives the tensors away and never changes them: a large message need not be
-                waited for. The rest of a tiled one is written by later calls, :meth:`can_send` among them.
-
-        Returns:
-            the message's bytes on the wire.
-
-        Raises:
-            MessageError (and its subclasses), WaitTimeoutError, ClosedError, PeerDiedError.
-        """
-        packed = pack_meta(meta)
-        fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
-        with self._sender.lock:
+        with self.send_gate:
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-            return self._sender.send(tensors, packed, fields, timeout, transfer)
+            return self._sender.send(tensors, meta, fields, timeout, transfer)
 
     def _make_room(self, deadline: int) -> None:
         """Waits for a free slot and meanwhile reads ahead: the peer may itself wait until we read."""
@@ -145,7 +108,7 @@ class Channel:
         assert tx is not None
         assert rx is not None
         while not tx.ready():
-            if receiver.ahead_bytes >= MAX_READ_AHEAD_BYTES or not receiver.lock.acquire(blocking=False):
+            if receiver.ahead_bytes >= MAX_READ_AHEAD_BYTES or not self.receive_gate.acquire(blocking=False):
                 return  # another thread reads; the plain wait for a slot does
             try:
                 while receiver.read_ahead():
@@ -153,75 +116,62 @@ class Channel:
             except (ClosedError, PeerDiedError):
                 return  # the wait for the slot will say so
             finally:
-                receiver.lock.release()
+                self.receive_gate.release()
             left = seconds_until(deadline)
             if left <= 0 or self._link.dead():
                 return
             waits = [ring for ring in (tx, receiver.wait_ring) if ring is not None]
             self._bell.wait(waits, min(left, 0.1 if len(waits) > 1 else 0.01))
 
-    # ---- receive ----
+    # ---- receive: where the short way of Port is not open ----
 
-    def recv(self, timeout: float | None = None) -> Message:
-        """The next message, its tensors in private memory.
+    def _begin(self, note: Message) -> None:
+        self._receiver.begin(note)
 
-        Raises WaitTimeoutError after `timeout` seconds (nothing is lost: a later call gets the message), ClosedError
-        when the peer closed and all is read, PeerDiedError, MessageError where the peer sent rubbish, ProtocolError.
-        """
-        deadline = deadline_ns(timeout)
-        if self._closed or self._sender.unfinished or not self._receiver.lock.acquire(blocking=False):
-            self._begin_receive(deadline)
+    def _recv_slow(self, deadline: int) -> Message:
+        self._begin_receive(deadline)
         try:
             return self._receiver.receive(deadline)
         finally:
-            self._receiver.lock.release()
+            self.receive_gate.release()
 
-    def lease(self, timeout: float | None = None) -> Lease | HeldMessage:
-        """A ``with`` block over the next message; tensors of a ring message are views into its slot, valid inside
-        the block only. Raises like :meth:`recv`."""
-        deadline = deadline_ns(timeout)
-        if self._closed or self._sender.unfinished or not self._receiver.lock.acquire(blocking=False):
-            self._begin_receive(deadline)
+    def _lease_slow(self, deadline: int) -> Lease | HeldMessage:
+        self._begin_receive(deadline)
         try:
             return self._receiver.lease(deadline)
         finally:
-            self._receiver.lock.release()
+            self.receive_gate.release()
 
-    def recv_nowait(self, lease: bool = True) -> Lease | HeldMessage | None:
-        """Like :meth:`lease` (``lease=False``: a private copy in the same wrapper) but None where no whole message
-        is there yet."""
-        if self._closed or self._sender.unfinished or not self._receiver.lock.acquire(blocking=False):
-            self._begin_receive(NOW_NS)
+    def _take_slow(self, lease: bool) -> Lease | HeldMessage | None:
+        self._begin_receive(NOW_NS)
         try:
             return self._receiver.take(lease)
         finally:
-            self._receiver.lock.release()
+            self.receive_gate.release()
 
-    def poll(self) -> bool:
-        """True if there is something to receive (perhaps only a part of a message), room for the rest of a large
-        message that was given away, or the peer is gone."""
-        if self._sender.unfinished and self._tx is not None:
+    def _poll_slow(self) -> bool:
+        if self.flush_due and self._tx is not None:
             return self._tx.ready() or bool(self._link.dead())
         return self._receiver.ready()
 
     @property
     def wait_ring(self) -> Ring | None:
         """The ring whose next change makes :meth:`poll` true; None while ZeroMQ is what it waits for."""
-        return self._tx if self._sender.unfinished else self._receiver.wait_ring
+        return self._tx if self.flush_due else self._receiver.wait_ring
 
     def _begin_receive(self, deadline: int) -> None:
         """Takes the receive lock where it was not to be had at once, or something has to be done before."""
         if self._closed:
             raise ClosedError(f"the channel to {self.peer} is closed; connect again")
         # The peer may wait for the rest before it says anything; a thread that sends now writes it itself.
-        while self._sender.unfinished and self._sender.lock.acquire(blocking=False):
+        while self.flush_due and self.send_gate.acquire(blocking=False):
             try:
                 if self._sender.flush(NOW_NS) or seconds_until(deadline) <= 0:
                     break
             finally:
-                self._sender.lock.release()
+                self.send_gate.release()
         left = min(max(0.0, seconds_until(deadline)), threading.TIMEOUT_MAX)
-        if not self._receiver.lock.acquire(timeout=left):
+        if not self.receive_gate.acquire(timeout=left):
             raise WaitTimeoutError(f"another thread is receiving from {self.peer}; wait for it")
 
     # ---- the rest ----
@@ -235,14 +185,14 @@ class Channel:
             return True
         if self._tx is None:
             return self._link.can_send()
-        if self._sender.unfinished:
-            if not self._sender.lock.acquire(blocking=False):
+        if self.flush_due:
+            if not self.send_gate.acquire(blocking=False):
                 return False
             try:
                 if not self._sender.flush(NOW_NS):
                     return False
             finally:
-                self._sender.lock.release()
+                self.send_gate.release()
         if not (self._tx.ready() if n == 1 else self._tx.free_slots() >= n):
             return False
         return self._link.can_send()
@@ -250,7 +200,7 @@ class Channel:
     @property
     def sending(self) -> bool:
         """True while a part of a large message that was given away is still to be written."""
-        return self._sender.unfinished
+        return self.flush_due
 
     @property
     def closed(self) -> bool:
@@ -260,16 +210,18 @@ class Channel:
     def stats(self) -> dict[str, Any]:
         """Counts of both directions: transfers and bytes by ring (shm) and by ZeroMQ, and by direction."""
         out, inn = self._sender, self._receiver
+        sent, sent_bytes = self._sent + out.ring_count, self._sent_bytes + out.ring_bytes
+        received, received_bytes = self._received + inn.ring_count, self._received_bytes + inn.ring_bytes
         return {
             "transport": self.transport,
-            "shm_transfers": out.ring_count + inn.ring_count,
+            "shm_transfers": sent + received,
             "zmq_transfers": out.zmq_count + inn.zmq_count,
-            "shm_bytes": out.ring_bytes + inn.ring_bytes,
+            "shm_bytes": sent_bytes + received_bytes,
             "zmq_bytes": out.zmq_bytes + inn.zmq_bytes,
-            "sent_messages": out.ring_count + out.zmq_count,
-            "received_messages": inn.ring_count + inn.zmq_count,
-            "sent_bytes": out.ring_bytes + out.zmq_bytes,
-            "received_bytes": inn.ring_bytes + inn.zmq_bytes,
+            "sent_messages": sent + out.zmq_count,
+            "received_messages": received + inn.zmq_count,
+            "sent_bytes": sent_bytes + out.zmq_bytes,
+            "received_bytes": received_bytes + inn.zmq_bytes,
         }
 
     def close(self) -> None:

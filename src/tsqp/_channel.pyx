@@ -1,0 +1,218 @@
+# cython: language_level=3, binding=True, auto_pickle=False, autotestdict=False, nonecheck=True
+"""The short way of a message: between a caller's tensors and a ring that has room, or a message, right now.
+
+Everything else (large messages, a full ring, reading ahead, ZeroMQ) is transport.py's, which is asked where the
+short way is not open.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from . cimport _core as c
+from ._message cimport OUT_OF_SLOT, Codec, Lease, Message, meta_of
+from ._ring cimport Ring, deadline_of
+
+import threading
+
+from . import errors as e
+
+cdef uint64_t NOW_NS = 0
+
+
+cdef class Gate:
+    """A lock that costs nothing while nobody else wants it: the GIL protects the flag."""
+
+    cdef bint held
+    cdef Py_ssize_t waiters
+    cdef object freed
+
+    def __cinit__(self):
+        self.freed = threading.Condition()
+
+    cdef inline bint take(self) noexcept:
+        if self.held:
+            return False
+        self.held = True
+        return True
+
+    cdef inline int give(self) except -1:
+        self.held = False
+        if self.waiters:
+            with self.freed:
+                self.freed.notify()
+        return 0
+
+    def _take(self):
+        return self.take()
+
+    def acquire(self, bint blocking=True, timeout=None):
+        """True once the gate is this caller's; False if it was not to be had in `timeout` seconds (None: for ever)."""
+        if self.take():
+            return True
+        if not blocking:
+            return False
+        with self.freed:
+            self.waiters += 1
+            try:
+                return self.freed.wait_for(self._take, timeout)
+            finally:
+                self.waiters -= 1
+
+    def release(self):
+        """Gives the gate back."""
+        self.give()
+
+    def __enter__(self):
+        self.acquire()
+
+    def __exit__(self, *exc):
+        self.give()
+
+
+cdef class Port:
+    """The fast half of a :class:`tsqp.Channel`, which is the only one to make one.
+
+    ``direct_send`` and ``direct_receive`` say whether the short way is open: no message is under way in parts, none
+    was read ahead.
+    """
+
+    cdef readonly Ring _tx
+    cdef readonly Ring _rx
+    cdef readonly Codec _encoder
+    cdef readonly Codec _decoder
+    cdef readonly Gate send_gate
+    cdef readonly Gate receive_gate
+    cdef public bint direct_send
+    cdef public bint direct_receive
+    cdef public bint flush_due
+    cdef public bint _closed
+    cdef public uint64_t threshold
+    cdef readonly uint64_t _sent, _sent_bytes, _received, _received_bytes
+
+    def __init__(self, Ring tx, Ring rx, uint64_t threshold):
+        self._tx, self._rx, self.threshold = tx, rx, threshold
+        self._encoder, self._decoder = Codec(), Codec()
+        self.send_gate, self.receive_gate = Gate(), Gate()
+        self.direct_send = tx is not None
+        self.direct_receive = rx is not None
+
+    def send(self, tensors, *, uint32_t tag=0, meta=None, uint64_t request_id=0, int status=0, uint32_t flags=0,
+             uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None,
+             bint transfer=False):
+        """Sends one message; when it returns, the tensors may be changed.
+
+        Args:
+            tensors: at most 64 torch CPU tensors or NumPy arrays, of any rank up to 8, contiguous or not.
+            tag: the method, or what the user likes (32 bits); request_id: ties replies to requests (64 bits).
+            meta: a small mapping (packed at most 64 KiB), or bytes that are msgpack already.
+            flags: 24 bits for the user; status, site, index, compute_ns, queue_ns: header fields of RPC.
+            timeout: seconds; None waits for ever, but notices a dead peer.
+            transfer: the caller gives the tensors away and never changes them: a large message need not be
+                waited for. The rest of a tiled one is written by later calls, :meth:`can_send` among them.
+
+        Returns:
+            the message's bytes on the wire.
+
+        Raises:
+            MessageError (and its subclasses), WaitTimeoutError, ClosedError, PeerDiedError.
+        """
+        cdef bytes packed = meta_of(meta)
+        cdef uint64_t total
+        cdef c.tsqp_slot slot
+        cdef c.tsqp_message_header *header
+        if self.direct_send and not self._closed and self.send_gate.take():
+            try:
+                header = &self._encoder.out.header
+                header.tag = tag
+                header.flags = flags
+                header.request_id = request_id
+                header.status = status
+                header.site = site
+                header.index = index
+                header.compute_ns = compute_ns
+                header.queue_ns = queue_ns
+                total = self._encoder.begin(tensors, packed)
+                if total < self.threshold and self._tx.try_acquire(&slot):
+                    self._encoder.write_slot(self._tx, packed, &slot)
+                    self._sent += 1
+                    self._sent_bytes += total
+                    return total
+            finally:
+                self.send_gate.give()
+        fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
+        return self._send_slow(tensors, packed, fields, timeout, transfer)
+
+    def recv(self, timeout=None):
+        """The next message, its tensors in private memory.
+
+        Raises WaitTimeoutError after `timeout` seconds (nothing is lost: a later call gets the message), ClosedError
+        when the peer closed and all is read, PeerDiedError, MessageError where the peer sent rubbish, ProtocolError.
+        """
+        cdef uint64_t deadline = deadline_of(timeout)
+        cdef c.tsqp_slot slot
+        cdef Message message
+        if self._may_take():
+            try:
+                self._rx.acquire(&slot, deadline)
+                try:
+                    message = self._decoder.read_slot(self._rx, &slot, deadline, False)
+                finally:
+                    c.tsqp_ring_release(self._rx.ptr, &slot)
+                if self._whole(message):
+                    return message
+            finally:
+                self.receive_gate.give()
+        return self._recv_slow(deadline)
+
+    def lease(self, timeout=None):
+        """A ``with`` block over the next message; tensors of a ring message are views into its slot, valid inside
+        the block only. Raises like :meth:`recv`."""
+        cdef uint64_t deadline = deadline_of(timeout)
+        cdef c.tsqp_slot slot
+        cdef Lease lease
+        if self._may_take():
+            try:
+                self._rx.acquire(&slot, deadline)
+                lease = self._decoder.lease_slot(self._rx, &slot, deadline)
+                if self._whole(lease.message):
+                    return lease
+                lease.release()
+            finally:
+                self.receive_gate.give()
+        return self._lease_slow(deadline)
+
+    def recv_nowait(self, bint lease=True):
+        """Like :meth:`lease` (``lease=False``: a private copy in the same wrapper) but None where no whole message
+        is there yet."""
+        cdef c.tsqp_slot slot
+        cdef Lease leased
+        if lease and self._may_take():
+            try:
+                if self._rx.ready() and self._rx.try_acquire(&slot):
+                    leased = self._decoder.lease_slot(self._rx, &slot, NOW_NS)
+                    if self._whole(leased.message):
+                        return leased
+                    leased.release()
+            finally:
+                self.receive_gate.give()
+        return self._take_slow(lease)
+
+    def poll(self):
+        """True if there is something to receive (perhaps only a part of a message), room for the rest of a large
+        message that was given away, or the peer is gone."""
+        if self.direct_receive and not self.flush_due and not self._closed and self._rx.ready():
+            return True
+        return self._poll_slow()
+
+    cdef bint _may_take(self) noexcept:
+        """Takes the receive gate if the next message can come straight from the ring."""
+        return self.direct_receive and not self.flush_due and not self._closed and self.receive_gate.take()
+
+    cdef bint _whole(self, Message message) except -1:
+        """Counts a message that came whole in its slot; else lets the slow way know where it is. False: it is not
+        here."""
+        if message.flags & OUT_OF_SLOT:
+            self._begin(message)
+            return False
+        self._received += 1
+        self._received_bytes += message.nbytes
+        return True

@@ -1,0 +1,58 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, int64_t
+
+from ._core cimport tsqp_message, tsqp_slot, tsqp_tensor_desc
+from ._ring cimport Ring, Segment
+
+
+cdef struct Source:
+    void *data
+    bint contiguous
+    int64_t strides[8]  # bytes
+
+
+cdef class Message:
+    cdef readonly uint32_t tag, flags, site
+    cdef readonly uint64_t request_id, index, compute_ns, queue_ns, nbytes
+    cdef readonly int status
+    cdef readonly bytes meta_bytes
+    cdef readonly list tensors
+    cdef readonly str carrier
+    cdef object _meta
+
+
+cdef class Lease:
+    cdef Ring ring
+    cdef tsqp_slot slot
+    cdef bint open
+    cdef readonly Message message
+
+
+cdef class TensorBytes:
+    cdef object owner
+    cdef void *data
+    cdef Py_ssize_t nbytes
+
+
+cdef class Codec:
+    cdef tsqp_message out
+    cdef tsqp_message inn
+    cdef Source sources[64]
+    cdef uint8_t *scratch
+    cdef uint64_t scratch_bytes
+
+    cdef uint8_t *_scratch(self, uint64_t nbytes) except NULL
+    cdef uint64_t begin(self, tensors, bytes meta) except 0
+    cdef int write_slot(self, Ring ring, bytes meta, tsqp_slot *slot) except -1
+    cdef void _fill(self, Ring ring, tsqp_slot *slot, const uint8_t *head, uint64_t head_bytes) noexcept nogil
+    cdef void _fill_tile(self, uint8_t *slot, uint64_t start, uint64_t nbytes) noexcept nogil
+    cdef int _parse(self, const uint8_t *first, uint64_t looked, uint64_t available, const uint8_t *rest) except -1
+    cdef bytes _meta(self, const uint8_t *first, uint64_t looked, const uint8_t *rest)
+    cdef Message read_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns, bint view)
+    cdef object _copy_tensors(self, Ring ring, tsqp_slot *slot, Message message, uint64_t deadline_ns)
+    cdef _pack_private(self, Py_ssize_t i, TensorBytes out)
+    cdef _frame_tensor(self, tsqp_tensor_desc *desc, frame)
+    cdef Lease lease_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns)
+
+
+cdef bytes meta_of(object meta)
+cdef uint32_t OUT_OF_SLOT

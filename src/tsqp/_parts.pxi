@@ -1,0 +1,100 @@
+# Included by _message.pyx: messages that do not lie in one slot, in tiles through the ring or in ZeroMQ frames.
+
+cdef class Assembly:
+    """A tiled message on its way: private tensors that fill tile by tile."""
+
+    cdef c.tsqp_message plan
+    cdef void *data[64]
+    cdef uint64_t at
+    cdef readonly Message message
+
+    cdef allocate(self):
+        cdef c.tsqp_buffer *buffer
+        cdef uint32_t i
+        for i in range(self.plan.header.tensor_count):
+            buffer = c.tsqp_buffer_new(self.plan.tensors[i].nbytes)
+            if buffer == NULL:
+                raise MemoryError(f"no memory for a received tensor of {self.plan.tensors[i].nbytes} bytes")
+            self.data[i] = c.tsqp_buffer_data(buffer)
+            self.message.tensors.append(_wrap(&self.plan.tensors[i], self.data[i], buffer, NULL))
+
+    @property
+    def complete(self):
+        return self.at == self.plan.header.total_bytes
+
+    def feed(self, Ring ring, uint64_t deadline_ns):
+        """Takes one tile from the ring. False: the sender gave this message up."""
+        cdef c.tsqp_slot slot
+        ring.acquire(&slot, deadline_ns)
+        try:
+            if slot.filled < slot.nbytes:
+                ring.fill_wait(&slot, slot.nbytes, deadline_ns)
+            if slot.nbytes == 0:
+                return False
+            if slot.nbytes % 64 or slot.nbytes > self.plan.header.total_bytes - self.at:
+                check(c.TSQP_BAD_TOTAL)
+            with nogil:
+                self._take(slot.data, slot.nbytes)
+            self.at += slot.nbytes
+            return True
+        finally:
+            c.tsqp_ring_release(ring.ptr, &slot)
+
+    cdef void _take(self, const uint8_t *shared, uint64_t nbytes) noexcept nogil:
+        cdef c.tsqp_tensor_desc *desc
+        cdef uint64_t first, last
+        cdef uint32_t i
+        for i in range(self.plan.header.tensor_count):
+            desc = &self.plan.tensors[i]
+            first = desc.offset if desc.offset > self.at else self.at
+            last = desc.offset + desc.nbytes
+            if last > self.at + nbytes:
+                last = self.at + nbytes
+            if first < last:
+                c.tsqp_copy_from_shared(<uint8_t *>self.data[i] + (first - desc.offset), shared + (first - self.at),
+                                        last - first)
+
+
+def give_up(Ring ring, uint64_t deadline_ns):
+    """Tells the receiver that the tiled message under way will not be finished."""
+    cdef c.tsqp_slot slot
+    ring.acquire(&slot, deadline_ns)
+    check(c.tsqp_ring_publish(ring.ptr, &slot, 0))
+
+
+cdef class Announcement:
+    """An acquired slot that will say: the next message comes over ZeroMQ. Publish it, or cancel it."""
+
+    cdef Ring ring
+    cdef c.tsqp_slot slot
+    cdef bint open
+
+    def publish(self, uint64_t sequence):
+        cdef c.tsqp_message note
+        cdef uint8_t head[128]
+        memset(&note.header, 0, sizeof(note.header))
+        note.header.flags = FLAG_VIA_ZMQ
+        note.header.index = sequence
+        check(c.tsqp_message_plan(&note))
+        c.tsqp_message_write_head(&note, NULL, head)
+        c.tsqp_copy_to_shared(self.slot.data, head, sizeof(head))
+        self.open = False
+        check(c.tsqp_ring_publish(self.ring.ptr, &self.slot, sizeof(head)))
+
+    def cancel(self):
+        if self.open:
+            self.open = False
+            check(c.tsqp_ring_cancel(self.ring.ptr, &self.slot))
+
+
+cdef class TensorBytes:
+    """Exports a contiguous tensor's memory as bytes and keeps the tensor alive; what a ZeroMQ frame sends."""
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, self.nbytes, 1, flags)
+
+    def __releasebuffer__(self, Py_buffer *view):
+        pass
+
+    def __len__(self):
+        return self.nbytes
