@@ -26,6 +26,7 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "ctests"
 UNITS = (
     "test_codec",
+    "test_convert",
     "test_copy",
     "test_pool",
     "test_segment",
@@ -36,7 +37,7 @@ UNITS = (
 )
 STRESS = "stress_ring"
 #: Tests that include a source of the core instead of linking it.
-INCLUDES = {"test_copy": "copy"}
+INCLUDES = {"test_copy": "copy", "test_convert": "convert"}
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-std=c11", "-D_GNU_SOURCE", "-pthread")
 MESSAGES = {"tsan": 300_000, "bare": 1_000_000}
 SOAK_MESSAGES = 20_000_000
