@@ -1,4 +1,5 @@
 /* codec.c: the message header. Works on private memory only; a decoded field was copied in before. */
+#include "convert.h"
 #include "tsqp.h"
 
 #include <string.h>
@@ -21,7 +22,7 @@ uint32_t tsqp_dtype_itemsize(unsigned dtype) {
     return dtype < TSQP_DTYPE_END ? ITEMSIZE[dtype] : 0;
 }
 
-/* The checked multiply: nbytes of a shape, or the code of what is wrong with it. */
+/* The checked multiply: bytes of a shape's elements in memory, or the code of what is wrong with it. */
 static int shape_nbytes(const struct tsqp_tensor_desc *tensor, uint64_t *out) {
     uint64_t itemsize = tsqp_dtype_itemsize(tensor->dtype);
     if (itemsize == 0)
@@ -45,6 +46,27 @@ static int shape_nbytes(const struct tsqp_tensor_desc *tensor, uint64_t *out) {
     return TSQP_OK;
 }
 
+uint64_t tsqp_tensor_nbytes(const struct tsqp_tensor_desc *tensor) {
+    uint64_t nbytes;
+    return shape_nbytes(tensor, &nbytes) == TSQP_OK ? nbytes : 0;
+}
+
+void tsqp_tensor_rows(const struct tsqp_tensor_desc *tensor, uint64_t *rows, uint64_t *cols) {
+    *cols = tensor->ndim ? (uint64_t)tensor->shape[tensor->ndim - 1] : 1;
+    uint64_t count = tsqp_tensor_nbytes(tensor) / tsqp_dtype_itemsize(tensor->dtype);
+    *rows = *cols ? count / *cols : 0;
+}
+
+/* Bytes of a tensor on the wire. */
+static int wire_nbytes(const struct tsqp_tensor_desc *tensor, uint64_t *out) {
+    uint64_t rows, cols;
+    int rc = shape_nbytes(tensor, out);
+    if (rc || tensor->encoding == TSQP_PLAIN)
+        return rc;
+    tsqp_tensor_rows(tensor, &rows, &cols);
+    return tsqp_encoded_bytes(tensor->encoding, tensor->dtype, rows, cols, out);
+}
+
 uint64_t tsqp_message_head_bytes(const struct tsqp_message_header *header) {
     return align_up(sizeof *header + header->tensor_count * sizeof(struct tsqp_tensor_desc) +
                     header->meta_bytes);
@@ -63,7 +85,7 @@ int tsqp_message_plan(struct tsqp_message *message) {
     uint64_t offset = tsqp_message_head_bytes(header);
     for (uint32_t i = 0; i < header->tensor_count; i++) {
         struct tsqp_tensor_desc *tensor = &message->tensors[i];
-        int rc = shape_nbytes(tensor, &tensor->nbytes);
+        int rc = wire_nbytes(tensor, &tensor->nbytes);
         if (rc)
             return rc;
         for (unsigned d = tensor->ndim; d < TSQP_MAX_NDIM; d++)
@@ -113,7 +135,7 @@ int tsqp_message_check_header(const struct tsqp_message_header *header, uint64_t
 
 static int check_desc(const struct tsqp_tensor_desc *tensor, uint64_t offset) {
     uint64_t nbytes;
-    int rc = shape_nbytes(tensor, &nbytes);
+    int rc = wire_nbytes(tensor, &nbytes);
     if (rc)
         return rc;
     if (tensor->nbytes != nbytes)

@@ -30,7 +30,7 @@ static bool quantizable(unsigned dtype) {
 int tsqp_encoded_bytes(unsigned encoding, unsigned dtype, uint64_t rows, uint64_t cols, uint64_t *out) {
     uint64_t itemsize = tsqp_dtype_itemsize(dtype), extra = 0;
     if (encoding >= TSQP_ENCODING_END)
-        return TSQP_USAGE;
+        return TSQP_BAD_ENCODING;
     if (itemsize == 0 || (encoding == TSQP_AS_BFLOAT16 && dtype != TSQP_FLOAT32) ||
         (encoding == TSQP_AS_INT8_ROWS && !quantizable(dtype)))
         return TSQP_BAD_DTYPE;

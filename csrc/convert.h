@@ -21,8 +21,8 @@ enum tsqp_encoding {
 
 /* Writes how many bytes rows x cols elements take on the wire, the zeroed padding after the last byte not
  * counted (as `nbytes` of a tensor's descriptor does not). Checked: TSQP_BAD_DTYPE where the encoding does
- * not take `dtype`, TSQP_BAD_SHAPE where the size is out of reach, TSQP_USAGE where there is no such
- * encoding. No elements take no bytes, whatever the other dimension. */
+ * not take `dtype`, TSQP_BAD_SHAPE where the size is out of reach, TSQP_BAD_ENCODING where there is
+ * no such encoding. No elements take no bytes, whatever the other dimension. */
 int tsqp_encoded_bytes(unsigned encoding, unsigned dtype, uint64_t rows, uint64_t cols, uint64_t *out);
 
 /* float32 -> bfloat16 to the nearest, ties to even. A NaN stays one: quieted, sign and upper payload bits

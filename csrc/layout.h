@@ -100,9 +100,10 @@ static_assert(offsetof(struct tsqp_message_header, total_bytes) == 48, "layout")
 struct tsqp_tensor_desc {
     uint8_t dtype; /* enum tsqp_dtype */
     uint8_t ndim;
-    uint16_t reserved0;
+    uint8_t encoding; /* enum tsqp_encoding: how the elements lie on the wire */
+    uint8_t reserved0;
     uint32_t reserved1;
-    uint64_t nbytes;
+    uint64_t nbytes; /* on the wire */
     uint64_t offset; /* from the message's first byte; a multiple of 64 */
     int64_t shape[TSQP_MAX_NDIM];
     uint64_t reserved2;

@@ -47,6 +47,7 @@ enum tsqp_code {
     TSQP_BAD_META = -37,
     TSQP_BAD_RESERVED = -38,
     TSQP_BAD_TOTAL = -39,
+    TSQP_BAD_ENCODING = -40,
 };
 
 /* ---- segment (shm.c) ---- */
@@ -203,9 +204,13 @@ struct tsqp_message {
 };
 
 uint32_t tsqp_dtype_itemsize(unsigned dtype); /* 0: unknown */
-/* Fills header.{magic,version,...,total_bytes} and each tensor's nbytes and offset from dtype, ndim and
- * shape. */
+/* Fills header.{magic,version,...,total_bytes} and each tensor's nbytes and offset from dtype, encoding, ndim
+ * and shape. */
 int tsqp_message_plan(struct tsqp_message *message);
+/* Of a descriptor that passed the checks: bytes of its elements in memory, and its rows (all dimensions but
+ * the last) and columns as the encodings of convert.h count them. */
+uint64_t tsqp_tensor_nbytes(const struct tsqp_tensor_desc *tensor);
+void tsqp_tensor_rows(const struct tsqp_tensor_desc *tensor, uint64_t *rows, uint64_t *cols);
 /* Bytes before the payload: header, descriptors and meta, padded to 64. */
 uint64_t tsqp_message_head_bytes(const struct tsqp_message_header *header);
 /* Writes header, descriptors and meta to `dst` (head_bytes long, private). */

@@ -64,13 +64,15 @@ class Through:
 
     def frames(self, tensors: list[Any], meta: bytes = b"", **fields: int) -> Message:
         self.plan(tensors, meta, **fields)
-        frames = [bytearray(memoryview(part)) for part in self.out.payload(tensors)]
+        frames = [bytearray(memoryview(part)) for part in self.out.as_they_travel(tensors)]
         return self.inn.decode_frames(self.out.head_bytes(meta), frames)
 
 
 @pytest.fixture(scope="module")
 def through():
-    return Through()
+    made = Through()
+    yield made
+    vars(made).clear()  # the last test's arguments outlive the fixture; its segment must not
 
 
 WAYS = ["slot", "lease", "frames"]
@@ -278,7 +280,7 @@ def test_a_dropped_lease_gives_its_slot_back():
 def test_frames_borrow_contiguous_memory_and_copy_the_rest(through):
     plain, strided = torch.arange(10, dtype=torch.uint8), torch.arange(20, dtype=torch.uint8)[::2]
     through.plan([plain, strided], b"")
-    borrowed, copied = (memoryview(part) for part in through.out.payload([plain, strided]))
+    borrowed, copied = (memoryview(part) for part in through.out.as_they_travel([plain, strided]))
     plain[0] = strided[0] = 99
     assert borrowed[0] == 99
     assert copied[0] == 0

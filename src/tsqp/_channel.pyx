@@ -97,7 +97,7 @@ cdef class Port:
 
     def send(self, tensors, *, uint32_t tag=0, meta=None, uint64_t request_id=0, int status=0, uint32_t flags=0,
              uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None,
-             bint transfer=False):
+             bint transfer=False, wire=None):
         """Sends one message; when it returns, the tensors may be changed.
 
         Args:
@@ -108,6 +108,9 @@ cdef class Port:
             timeout: seconds; None waits for ever, but notices a dead peer.
             transfer: the caller gives the tensors away and never changes them: a large message need not be
                 waited for. The rest of a tiled one is written by later calls, :meth:`can_send` among them.
+            wire: how tensors travel: None (as they are), ``"bfloat16"`` (float32 in half the bytes) or ``"int8"``
+                (float32, float16 and bfloat16 in a byte an element and a scale a row); a sequence names one for
+                each tensor. They arrive in their own dtype. What is lost: docs/wire-compression.md.
 
         Returns:
             the message's bytes on the wire.
@@ -130,7 +133,7 @@ cdef class Port:
                 header.index = index
                 header.compute_ns = compute_ns
                 header.queue_ns = queue_ns
-                total = self._encoder.begin(tensors, packed)
+                total = self._encoder.begin(tensors, packed, wire)
                 if total < self.threshold and self._tx.try_acquire(&slot):
                     self._encoder.write_slot(self._tx, packed, &slot)
                     self._sent += 1
@@ -139,7 +142,7 @@ cdef class Port:
             finally:
                 self.send_gate.give()
         fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
-        return self._send_slow(tensors, packed, fields, timeout, transfer)
+        return self._send_slow(tensors, packed, fields, timeout, transfer, wire)
 
     def recv(self, timeout=None):
         """The next message, its tensors in private memory.

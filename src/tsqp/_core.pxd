@@ -8,7 +8,7 @@ cdef extern from "tsqp.h" nogil:
         TSQP_ERRNO, TSQP_NOT_FOUND, TSQP_EXISTS, TSQP_PERMISSION, TSQP_FULL, TSQP_BAD_MAGIC, TSQP_BAD_VERSION
         TSQP_BAD_GEOMETRY, TSQP_TRUNCATED, TSQP_NO_MEMORY, TSQP_BAD_NAME, TSQP_BAD_SESSION, TSQP_ATTACHED
         TSQP_TOO_LARGE, TSQP_BAD_DTYPE, TSQP_BAD_RANK, TSQP_BAD_SHAPE, TSQP_BAD_NBYTES, TSQP_BAD_OFFSET
-        TSQP_TOO_MANY_TENSORS, TSQP_BAD_META, TSQP_BAD_RESERVED, TSQP_BAD_TOTAL
+        TSQP_TOO_MANY_TENSORS, TSQP_BAD_META, TSQP_BAD_RESERVED, TSQP_BAD_TOTAL, TSQP_BAD_ENCODING
 
     enum:
         TSQP_MAX_NDIM, TSQP_MAX_TENSORS, TSQP_MAX_META_BYTES, TSQP_MAX_CHUNKS
@@ -131,6 +131,7 @@ cdef extern from "tsqp.h" nogil:
     struct tsqp_tensor_desc:
         uint8_t dtype
         uint8_t ndim
+        uint8_t encoding
         uint64_t nbytes
         uint64_t offset
         int64_t shape[8]
@@ -141,6 +142,8 @@ cdef extern from "tsqp.h" nogil:
 
     uint32_t tsqp_dtype_itemsize(unsigned dtype)
     int tsqp_message_plan(tsqp_message *message)
+    uint64_t tsqp_tensor_nbytes(const tsqp_tensor_desc *tensor)
+    void tsqp_tensor_rows(const tsqp_tensor_desc *tensor, uint64_t *rows, uint64_t *cols)
     uint64_t tsqp_message_head_bytes(const tsqp_message_header *header)
     void tsqp_message_write_head(const tsqp_message *message, const void *meta, void *dst)
     int tsqp_message_check_header(const tsqp_message_header *header, uint64_t available_bytes)
@@ -168,6 +171,16 @@ cdef extern from "tsqp.h" nogil:
     DLManagedTensorVersioned *tsqp_tensor_new_versioned(const tsqp_tensor_desc *desc, void *data,
                                                         tsqp_buffer *buffer, tsqp_segment *segment)
     unsigned tsqp_dtype_of_dlpack(unsigned code, unsigned bits, unsigned lanes)
+
+
+cdef extern from "convert.h" nogil:
+    enum:
+        TSQP_PLAIN, TSQP_AS_BFLOAT16, TSQP_AS_INT8_ROWS
+
+    void tsqp_encode_bfloat16(void *shared_dst, const void *src, size_t count)
+    void tsqp_decode_bfloat16(void *dst, const void *shared_src, size_t count)
+    int64_t tsqp_encode_int8_rows(void *shared_dst, const void *src, unsigned dtype, size_t rows, size_t cols)
+    int tsqp_decode_int8_rows(void *dst, unsigned dtype, const void *shared_src, size_t rows, size_t cols)
 
 
 cdef extern from "dlpack.h":

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, int64_t
 
-from ._core cimport tsqp_message, tsqp_slot, tsqp_tensor_desc
+from ._core cimport tsqp_buffer, tsqp_message, tsqp_slot, tsqp_tensor_desc
 from ._ring cimport Ring, Segment
 
 
@@ -29,6 +29,7 @@ cdef class Lease:
 
 cdef class TensorBytes:
     cdef object owner
+    cdef tsqp_buffer *buffer
     cdef void *data
     cdef Py_ssize_t nbytes
 
@@ -41,7 +42,14 @@ cdef class Codec:
     cdef uint64_t scratch_bytes
 
     cdef uint8_t *_scratch(self, uint64_t nbytes) except NULL
-    cdef uint64_t begin(self, tensors, bytes meta) except 0
+    cdef list packed
+    cdef uint64_t begin(self, tensors, bytes meta, object wire) except 0
+    cdef object _pack_encoded(self)
+    cdef TensorBytes _packed(self, Py_ssize_t i)
+    cdef TensorBytes _encoded(self, Py_ssize_t i)
+    cdef _keep(self, Py_ssize_t i, TensorBytes private)
+    cdef uint64_t _decoded_bytes(self)
+    cdef object _decoded(self, Ring ring, tsqp_slot *slot, tsqp_tensor_desc *desc, uint64_t deadline_ns)
     cdef int write_slot(self, Ring ring, bytes meta, tsqp_slot *slot) except -1
     cdef void _fill(self, Ring ring, tsqp_slot *slot, const uint8_t *head, uint64_t head_bytes) noexcept nogil
     cdef void _fill_tile(self, uint8_t *slot, uint64_t start, uint64_t nbytes) noexcept nogil
@@ -49,7 +57,6 @@ cdef class Codec:
     cdef bytes _meta(self, const uint8_t *first, uint64_t looked, const uint8_t *rest)
     cdef Message read_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns, bint view)
     cdef object _copy_tensors(self, Ring ring, tsqp_slot *slot, Message message, uint64_t deadline_ns)
-    cdef _pack_private(self, Py_ssize_t i, TensorBytes out)
     cdef _frame_tensor(self, tsqp_tensor_desc *desc, frame)
     cdef Lease lease_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns)
 

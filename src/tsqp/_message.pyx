@@ -70,6 +70,7 @@ _ERRORS = {
                                                      "send several messages"),
     c.TSQP_BAD_META: (e.MetaError, f"meta is limited to {c.TSQP_MAX_META_BYTES} bytes; send large data as a tensor"),
     c.TSQP_BAD_RESERVED: (e.VersionError, "a reserved field is not zero; use one version of tsqp at both ends"),
+    c.TSQP_BAD_ENCODING: (e.EncodingError, "a tensor's encoding on the wire is unknown"),
     c.TSQP_BAD_TOTAL: (e.TruncatedMessageError, "the header's total bytes differ from what its parts add up to"),
 }
 
@@ -156,6 +157,7 @@ cdef Message _new_message(c.tsqp_message_header *header, bytes meta, str carrier
 
 
 include "_tensors.pxi"
+include "_wire.pxi"
 
 
 cdef class Lease:
@@ -201,7 +203,7 @@ cdef class Codec:
         return self.scratch
 
     def plan(self, tensors, bytes meta, uint32_t tag, uint32_t flags, uint64_t request_id, int status,
-             uint32_t site, uint64_t index, uint64_t compute_ns, uint64_t queue_ns):
+             uint32_t site, uint64_t index, uint64_t compute_ns, uint64_t queue_ns, wire=None):
         """Fills the outgoing header and returns the message's total bytes. Raises MessageError classes."""
         cdef c.tsqp_message_header *header = &self.out.header
         header.tag = tag
@@ -212,9 +214,9 @@ cdef class Codec:
         header.index = index
         header.compute_ns = compute_ns
         header.queue_ns = queue_ns
-        return self.begin(tensors, meta)
+        return self.begin(tensors, meta, wire)
 
-    cdef uint64_t begin(self, tensors, bytes meta) except 0:
+    cdef uint64_t begin(self, tensors, bytes meta, object wire) except 0:
         """The rest of :meth:`plan`, for a caller that has filled the header's own fields."""
         cdef c.tsqp_message_header *header = &self.out.header
         cdef Py_ssize_t count = len(tensors)
@@ -227,8 +229,43 @@ cdef class Codec:
         header.meta_bytes = <uint32_t>len(meta)
         for i in range(count):
             _describe(tensors[i], &self.out.tensors[i], &self.sources[i])
+        self.packed = None
+        if wire is not None:
+            _set_encodings(&self.out, wire)
+            self._pack_encoded()
         check(c.tsqp_message_plan(&self.out))
         return header.total_bytes
+
+    cdef object _pack_encoded(self):
+        """Encoders read contiguous memory: strided tensors are packed privately first."""
+        cdef uint32_t i
+        for i in range(self.out.header.tensor_count):
+            if self.out.tensors[i].encoding != c.TSQP_PLAIN and not self.sources[i].contiguous:
+                self._keep(i, self._packed(i))
+
+    cdef TensorBytes _packed(self, Py_ssize_t i):
+        """Tensor `i` of the planned message, strided, as contiguous private memory."""
+        cdef c.tsqp_tensor_desc *desc = &self.out.tensors[i]
+        cdef TensorBytes packed = _pooled_bytes(c.tsqp_tensor_nbytes(desc))
+        c.tsqp_pack_to_shared(packed.data, self.sources[i].data, c.tsqp_dtype_itemsize(desc.dtype), desc.ndim,
+                              desc.shape, self.sources[i].strides)
+        return packed
+
+    cdef TensorBytes _encoded(self, Py_ssize_t i):
+        """Tensor `i` of the planned message, contiguous, in private memory as it travels."""
+        cdef c.tsqp_tensor_desc *desc = &self.out.tensors[i]
+        cdef TensorBytes encoded = _pooled_bytes(desc.nbytes)
+        with nogil:
+            _encode(desc, encoded.data, self.sources[i].data)
+        return encoded
+
+    cdef _keep(self, Py_ssize_t i, TensorBytes private):
+        """From here on tensor `i` of the planned message is `private`, which lives until the next message."""
+        self.sources[i].data = private.data
+        self.sources[i].contiguous = True
+        if self.packed is None:
+            self.packed = []
+        self.packed.append(private)
 
     def write(self, Ring ring, bytes meta, uint64_t deadline_ns):
         """Writes the planned message into the ring. The caller keeps the tensors alive until this returns."""
@@ -264,7 +301,9 @@ cdef class Codec:
         for i in range(self.out.header.tensor_count):
             desc = &self.out.tensors[i]
             source = &self.sources[i]
-            if source.contiguous:
+            if desc.encoding != c.TSQP_PLAIN:
+                _encode_into(&flow, desc, source.data)
+            elif source.contiguous:
                 c.tsqp_outflow_copy(&flow, desc.offset, source.data, desc.nbytes)
             else:
                 c.tsqp_pack_to_shared(slot.data + desc.offset, source.data, c.tsqp_dtype_itemsize(desc.dtype),
@@ -312,30 +351,48 @@ cdef class Codec:
         """Bytes of the planned message before its payload."""
         return c.tsqp_message_head_bytes(&self.out.header)
 
-    def make_contiguous(self, tensors):
-        """Packs the strided tensors of the planned message privately; returns what must be kept alive."""
-        cdef TensorBytes packed
-        kept = list(tensors)
-        for i in range(len(kept)):
-            if not self.sources[i].contiguous:
-                packed = TensorBytes.__new__(TensorBytes)
-                self._pack_private(i, packed)
-                self.sources[i].data = packed.data
-                self.sources[i].contiguous = True
-                kept[i] = packed
-        return kept
+    def as_they_travel(self, tensors):
+        """One object per tensor of the planned message that exports its bytes on the wire: the tensor's own memory
+        where that is possible, else a private copy. The planned message is written from them afterwards, so they
+        must be kept alive until then."""
+        cdef TensorBytes out
+        cdef Py_ssize_t i
+        frames = []
+        for i in range(len(tensors)):
+            if self.out.tensors[i].encoding != c.TSQP_PLAIN:
+                out = self._encoded(i)
+            elif not self.sources[i].contiguous:
+                out = self._packed(i)
+            else:
+                out = TensorBytes.__new__(TensorBytes)
+                out.nbytes = <Py_ssize_t>self.out.tensors[i].nbytes
+                out.owner = tensors[i]
+                out.data = self.sources[i].data
+            self.sources[i].data = out.data
+            self.sources[i].contiguous = True
+            frames.append(out)
+        return frames
 
     def assemble(self, Message message, uint64_t max_bytes):
         """An :class:`Assembly` for a tiled message whose head was just read."""
         cdef Assembly assembly = Assembly.__new__(Assembly)
-        if message.nbytes > max_bytes:
-            raise e.MessageTooLargeError(f"a message of {message.nbytes} bytes is over the limit of {max_bytes} bytes")
+        if message.nbytes > max_bytes or self._decoded_bytes() > max_bytes:
+            raise e.MessageTooLargeError(f"a message of {message.nbytes} bytes on the wire, {self._decoded_bytes()} in "
+                                         f"memory, is over the limit of {max_bytes} bytes")
         memcpy(&assembly.plan, &self.inn, sizeof(c.tsqp_message))
         message.flags &= USER_FLAGS
         assembly.message = message
         assembly.at = c.tsqp_message_head_bytes(&self.inn.header)
         assembly.allocate()
         return assembly
+
+    cdef uint64_t _decoded_bytes(self):
+        """What the tensors of `inn` take in memory."""
+        cdef uint64_t total = 0
+        cdef uint32_t i
+        for i in range(self.inn.header.tensor_count):
+            total += c.tsqp_tensor_nbytes(&self.inn.tensors[i])
+        return total
 
     def announce(self, Ring ring, uint64_t deadline_ns):
         """Acquires a slot for the note that the planned message comes over ZeroMQ; see :class:`Announcement`."""
@@ -351,32 +408,6 @@ cdef class Codec:
         cdef bytes head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>nbytes)
         c.tsqp_message_write_head(&self.out, <char *>meta, PyBytes_AS_STRING(head))
         return head
-
-    def payload(self, tensors):
-        """One buffer per tensor of the planned message, without a copy where it is contiguous."""
-        cdef TensorBytes out
-        cdef Py_ssize_t i
-        frames = []
-        for i in range(len(tensors)):
-            out = TensorBytes.__new__(TensorBytes)
-            out.nbytes = <Py_ssize_t>self.out.tensors[i].nbytes
-            if self.sources[i].contiguous:
-                out.owner = tensors[i]
-                out.data = self.sources[i].data
-            else:
-                self._pack_private(i, out)
-            frames.append(out)
-        return frames
-
-    cdef _pack_private(self, Py_ssize_t i, TensorBytes out):
-        cdef c.tsqp_tensor_desc *desc = &self.out.tensors[i]
-        cdef c.tsqp_buffer *buffer = c.tsqp_buffer_new(desc.nbytes + 64)
-        if buffer == NULL:
-            raise MemoryError(f"no memory to pack a tensor of {desc.nbytes} bytes")
-        out.data = c.tsqp_buffer_data(buffer)
-        c.tsqp_pack_to_shared(out.data, self.sources[i].data, c.tsqp_dtype_itemsize(desc.dtype), desc.ndim,
-                              desc.shape, self.sources[i].strides)
-        out.owner = _wrap(desc, out.data, buffer, NULL)
 
     # ---- receive ----
 
@@ -443,27 +474,38 @@ cdef class Codec:
             return message
         for i in range(self.inn.header.tensor_count):
             desc = &self.inn.tensors[i]
+            if desc.encoding != c.TSQP_PLAIN:
+                message.tensors.append(self._decoded(ring, slot, desc, deadline_ns))
+                continue
             c.tsqp_segment_retain(ring.segment.ptr)
             message.tensors.append(_wrap(desc, slot.data + desc.offset, NULL, ring.segment.ptr))
         if slot.filled < slot.nbytes:
             ring.fill_wait(slot, slot.nbytes, deadline_ns)
         return message
 
+    cdef object _decoded(self, Ring ring, c.tsqp_slot *slot, c.tsqp_tensor_desc *desc, uint64_t deadline_ns):
+        """An encoded tensor of the slot in private memory."""
+        cdef void *data = NULL
+        tensor = _new_tensor(desc, &data)
+        if slot.filled < desc.offset + desc.nbytes:
+            ring.fill_wait(slot, desc.offset + desc.nbytes, deadline_ns)
+        with nogil:
+            _decode(desc, data, slot.data + desc.offset)
+        return tensor
+
     cdef object _copy_tensors(self, Ring ring, c.tsqp_slot *slot, Message message, uint64_t deadline_ns):
         """Copies the tensors of `inn` to private memory, following the sender where it still writes."""
         cdef c.tsqp_tensor_desc *desc
-        cdef c.tsqp_buffer *buffer
-        cdef void *data
+        cdef void *data = NULL
         cdef uint64_t done
         cdef uint32_t i
         cdef int rc
         for i in range(self.inn.header.tensor_count):
             desc = &self.inn.tensors[i]
-            buffer = c.tsqp_buffer_new(desc.nbytes)
-            if buffer == NULL:
-                raise MemoryError(f"no memory for a received tensor of {desc.nbytes} bytes")
-            data = c.tsqp_buffer_data(buffer)
-            message.tensors.append(_wrap(desc, data, buffer, NULL))
+            if desc.encoding != c.TSQP_PLAIN:
+                message.tensors.append(self._decoded(ring, slot, desc, deadline_ns))
+                continue
+            message.tensors.append(_new_tensor(desc, &data))
             done = 0
             while True:
                 if desc.nbytes >= NOGIL_BYTES:
@@ -526,6 +568,9 @@ cdef class Codec:
         return message
 
     cdef _frame_tensor(self, c.tsqp_tensor_desc *desc, frame):
+        cdef TensorBytes aligned
+        cdef const uint8_t[::1] source
+        cdef void *data = NULL
         shape = [desc.shape[i] for i in range(desc.ndim)]
         dtype = DTYPES[desc.dtype]
         buffer = memoryview(frame)
@@ -533,7 +578,15 @@ cdef class Codec:
             check(c.TSQP_BAD_NBYTES)
         if desc.nbytes == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+        if desc.encoding == c.TSQP_PLAIN:
+            return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+        aligned = _pooled_bytes(desc.nbytes)  # what is decoded is read in whole aligned blocks
+        source = buffer
+        memcpy(aligned.data, &source[0], desc.nbytes)
+        tensor = _new_tensor(desc, &data)
+        with nogil:
+            _decode(desc, data, aligned.data)
+        return tensor
 
 
 include "_parts.pxi"

@@ -6,17 +6,32 @@ cdef class Assembly:
     cdef c.tsqp_message plan
     cdef void *data[64]
     cdef uint64_t at
-    cdef readonly Message message
+    cdef Message message
 
     cdef allocate(self):
-        cdef c.tsqp_buffer *buffer
+        cdef TensorBytes raw
         cdef uint32_t i
         for i in range(self.plan.header.tensor_count):
-            buffer = c.tsqp_buffer_new(self.plan.tensors[i].nbytes)
-            if buffer == NULL:
-                raise MemoryError(f"no memory for a received tensor of {self.plan.tensors[i].nbytes} bytes")
-            self.data[i] = c.tsqp_buffer_data(buffer)
-            self.message.tensors.append(_wrap(&self.plan.tensors[i], self.data[i], buffer, NULL))
+            if self.plan.tensors[i].encoding == c.TSQP_PLAIN:
+                self.message.tensors.append(_new_tensor(&self.plan.tensors[i], &self.data[i]))
+            else:
+                raw = _pooled_bytes(self.plan.tensors[i].nbytes)
+                self.data[i] = raw.data
+                self.message.tensors.append(raw)
+
+    def finish(self):
+        """The whole message, its encoded tensors decoded."""
+        cdef void *data = NULL
+        cdef uint32_t i
+        cdef c.tsqp_tensor_desc *desc
+        for i in range(self.plan.header.tensor_count):
+            desc = &self.plan.tensors[i]
+            if desc.encoding != c.TSQP_PLAIN:
+                tensor = _new_tensor(desc, &data)
+                with nogil:
+                    _decode(desc, data, self.data[i])
+                self.message.tensors[i] = tensor
+        return self.message
 
     @property
     def complete(self):
@@ -85,16 +100,3 @@ cdef class Announcement:
         if self.open:
             self.open = False
             check(c.tsqp_ring_cancel(self.ring.ptr, &self.slot))
-
-
-cdef class TensorBytes:
-    """Exports a contiguous tensor's memory as bytes and keeps the tensor alive; what a ZeroMQ frame sends."""
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.data, self.nbytes, 1, flags)
-
-    def __releasebuffer__(self, Py_buffer *view):
-        pass
-
-    def __len__(self):
-        return self.nbytes

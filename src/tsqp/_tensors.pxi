@@ -114,6 +114,7 @@ cdef int _describe_buffer(object array, c.tsqp_tensor_desc *desc, Source *source
 
 
 cdef int _describe(object tensor, c.tsqp_tensor_desc *desc, Source *source) except -1:
+    desc.encoding = c.TSQP_PLAIN
     if isinstance(tensor, Tensor):
         return _describe_torch(tensor, desc, source)
     if hasattr(tensor, "dtype") and PyObject_CheckBuffer(tensor) or type(tensor).__module__ == "numpy":
@@ -155,3 +156,40 @@ cdef object _wrap(c.tsqp_tensor_desc *desc, void *data, c.tsqp_buffer *buffer, c
     if desc.dtype >= FIRST_FLOAT8:
         tensor = tensor.view(DTYPES[desc.dtype])
     return tensor
+
+
+cdef object _new_tensor(c.tsqp_tensor_desc *desc, void **data):
+    """A private tensor of the descriptor's dtype and shape, and the address of its uninitialised memory."""
+    cdef uint64_t nbytes = desc.nbytes if desc.encoding == c.TSQP_PLAIN else c.tsqp_tensor_nbytes(desc)
+    cdef c.tsqp_buffer *buffer = c.tsqp_buffer_new(nbytes)
+    if buffer == NULL:
+        raise MemoryError(f"no memory for a received tensor of {nbytes} bytes")
+    data[0] = c.tsqp_buffer_data(buffer)
+    return _wrap(desc, data[0], buffer, NULL)
+
+
+cdef class TensorBytes:
+    """Exports memory as bytes and keeps its owner, a tensor or a pooled buffer, alive; what a ZeroMQ frame sends."""
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, self.nbytes, 1, flags)
+
+    def __releasebuffer__(self, Py_buffer *view):
+        pass
+
+    def __len__(self):
+        return self.nbytes
+
+    def __dealloc__(self):
+        c.tsqp_buffer_release(self.buffer)
+
+
+cdef TensorBytes _pooled_bytes(uint64_t nbytes):
+    """`nbytes` of the pool, 64-byte aligned, with room up to the next multiple of 64."""
+    cdef TensorBytes pooled = TensorBytes.__new__(TensorBytes)
+    pooled.buffer = c.tsqp_buffer_new(nbytes + 64)
+    if pooled.buffer == NULL:
+        raise MemoryError(f"no memory to pack a tensor of {nbytes} bytes")
+    pooled.data = c.tsqp_buffer_data(pooled.buffer)
+    pooled.nbytes = <Py_ssize_t>nbytes
+    return pooled

@@ -128,6 +128,10 @@ class OffsetError(MessageError):
     """A tensor's payload is misaligned, overlaps another part or lies outside the message."""
 
 
+class EncodingError(MessageError):
+    """A tensor can't travel in the encoding asked for, or a received encoding is unknown."""
+
+
 class TooManyTensorsError(MessageError):
     """A message carries more tensors than the protocol allows."""
 

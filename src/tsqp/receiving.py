@@ -197,9 +197,10 @@ class Receiver:
     def _finish(self, assembly: Assembly) -> Message:
         self._assembly = None
         self._note_state()
+        message = assembly.finish()
         self.ring_count += 1
-        self.ring_bytes += assembly.message.nbytes
-        return assembly.message
+        self.ring_bytes += message.nbytes
+        return message
 
     def _next_from_link(self, deadline: int) -> Message | None:
         arrived = self._link.recv(deadline / 1e9)

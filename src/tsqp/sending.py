@@ -37,7 +37,13 @@ class Sender:
         self._broken_off = False  # the receiver waits for tiles that will not come
 
     def send(
-        self, tensors: Sequence[Any], meta: bytes, fields: tuple[int, ...], timeout: float | None, transfer: bool
+        self,
+        tensors: Sequence[Any],
+        meta: bytes,
+        fields: tuple[int, int, int, int, int, int, int, int],
+        timeout: float | None,
+        transfer: bool,
+        wire: Any,
     ) -> int:
         """Sends one message and returns its bytes. `fields`: tag, flags, request_id, status, site, index,
         compute_ns, queue_ns."""
@@ -45,7 +51,7 @@ class Sender:
         ring = self._ring
         if ring is not None and (self._broken_off or not ring.ready()):
             self._clear(ring, deadline)
-        total = self._codec.plan(tensors, meta, *fields)
+        total = self._codec.plan(tensors, meta, *fields, wire)
         if ring is not None and total < self._channel.threshold:
             self._codec.write(ring, meta, deadline)
             self._count_ring(total)
@@ -55,7 +61,7 @@ class Sender:
             )
         elif ring is not None and self._tiled and self._codec.planned_head_bytes <= ring.segment.max_chunk_bytes:
             self._codec.write_tiled_head(ring, meta, deadline)
-            self._tail = _Tail(self._codec.make_contiguous(tensors), total - self._codec.planned_head_bytes)
+            self._tail = _Tail(self._codec.as_they_travel(tensors), total - self._codec.planned_head_bytes)
             self._channel.flush_due = transfer
             self._channel.direct_send = False
             self._broken_off = True
@@ -114,7 +120,7 @@ class Sender:
 
     def _send_link(self, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
         head = self._codec.head_bytes(meta)
-        frames = self._codec.payload(tensors)
+        frames = self._codec.as_they_travel(tensors)
         sequence = self._sequence
         self._sequence += 1
         if self._ring is not None:

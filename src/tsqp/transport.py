@@ -95,12 +95,18 @@ class Channel(Port):
     # ---- send: where the short way of Port is not open ----
 
     def _send_slow(
-        self, tensors: Sequence[Any], meta: bytes, fields: tuple[int, ...], timeout: float | None, transfer: bool
+        self,
+        tensors: Sequence[Any],
+        meta: bytes,
+        fields: tuple[int, int, int, int, int, int, int, int],
+        timeout: float | None,
+        transfer: bool,
+        wire: Any,
     ) -> int:
         with self.send_gate:
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-            return self._sender.send(tensors, meta, fields, timeout, transfer)
+            return self._sender.send(tensors, meta, fields, timeout, transfer, wire)
 
     def _make_room(self, deadline: int) -> None:
         """Waits for a free slot and meanwhile reads ahead: the peer may itself wait until we read."""

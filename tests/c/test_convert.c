@@ -309,7 +309,7 @@ static void sizes_are_checked(void) {
     }
     check_size(TSQP_AS_INT8_ROWS, TSQP_FLOAT32, UINT64_C(1) << 46, 1,
                (INT64_C(1) << 48) + (INT64_C(1) << 46));
-    check_size(TSQP_ENCODING_END, TSQP_FLOAT32, 1, 1, TSQP_USAGE);
+    check_size(TSQP_ENCODING_END, TSQP_FLOAT32, 1, 1, TSQP_BAD_ENCODING);
 }
 
 static void other_dtypes_are_refused(void) {
