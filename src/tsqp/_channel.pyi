@@ -1,6 +1,7 @@
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from typing_extensions import disjoint_base
 
 from ._message import Codec, Lease, Message
@@ -13,6 +14,11 @@ class Gate:
     def release(self) -> None: ...
     def __enter__(self) -> None: ...
     def __exit__(self, *exc: object) -> None: ...
+
+@disjoint_base
+class Reservation:
+    def __enter__(self) -> list[torch.Tensor]: ...
+    def __exit__(self, kind: object, value: object, traceback: object) -> Literal[False]: ...
 
 @disjoint_base
 class Port:
@@ -59,6 +65,22 @@ class Port:
         transfer: bool = False,
         wire: str | Sequence[str | None] | None = None,
     ) -> int: ...
+    def reserve(
+        self,
+        specs: Sequence[torch.Tensor | tuple[Sequence[int], torch.dtype]],
+        *,
+        tag: int = 0,
+        meta: Mapping[str, Any] | bytes | None = None,
+        request_id: int = 0,
+        status: int = 0,
+        flags: int = 0,
+        site: int = 0,
+        index: int = 0,
+        compute_ns: int = 0,
+        queue_ns: int = 0,
+        timeout: float | None = None,
+    ) -> Reservation: ...
+    def check_not_reserved(self) -> None: ...
     def recv(self, timeout: float | None = None) -> Message: ...
     def lease(self, timeout: float | None = None) -> Lease | HeldMessage: ...
     def recv_nowait(self, lease: bool = True) -> Lease | HeldMessage | None: ...

@@ -68,6 +68,81 @@ cdef class Gate:
         self.give()
 
 
+cdef class Reservation:
+    """The ``with`` block of :meth:`Port.reserve`."""
+
+    cdef Port port
+    cdef Codec codec
+    cdef c.tsqp_slot slot
+    cdef tuple fields
+    cdef object specs
+    cdef bytes meta
+    cdef uint64_t deadline
+    cdef bint in_slot
+    cdef list tensors
+
+    def __enter__(self):
+        if self.tensors is not None:
+            raise e.RingUsageError("this reservation was used; call reserve() again")
+        self.port._enter_send(self.deadline)
+        try:
+            self._open()
+        except BaseException:
+            self.port._leave_send()
+            raise
+        return list(self.tensors)
+
+    cdef int _open(self) except -1:
+        cdef uint64_t total
+        cdef c.tsqp_message_header *header = &self.codec.out.header
+        (header.tag, header.flags, header.request_id, header.status, header.site, header.index, header.compute_ns,
+         header.queue_ns) = self.fields
+        total = self.codec.begin_specs(self.specs, self.meta)
+        self.in_slot = self.port._tx is not None and total < self.port.threshold
+        if not self.in_slot:
+            self.tensors = self.codec.tensors_in(None, NULL)
+            return 0
+        self.port._clear_way(self.deadline)
+        self.port._tx.acquire(&self.slot, self.deadline)
+        try:
+            self.tensors = self.codec.tensors_in(self.port._tx, &self.slot)
+        except BaseException:
+            c.tsqp_ring_cancel(self.port._tx.ptr, &self.slot)
+            raise
+        return 0
+
+    def __exit__(self, kind, value, traceback):
+        cdef bint sent = False
+        try:
+            if kind is None:
+                self.codec.check_written(self.tensors)
+                if self.in_slot:
+                    self._publish()
+                    sent = True
+        finally:
+            if self.in_slot and not sent and self.port._tx.segment.ptr != NULL:
+                c.tsqp_ring_cancel(self.port._tx.ptr, &self.slot)
+            self.port._leave_send()
+        if kind is None and not self.in_slot:
+            self.port._send_slow(self.tensors, self.meta, self.fields, self._left(), True, None)
+        return False
+
+    cdef int _publish(self) except -1:
+        if self.port._closed:
+            raise e.ClosedError("the channel was closed while a message was being written; connect again")
+        self.port._tx.segment.usable()  # a forked child must not publish what its parent will
+        self.codec.publish_written(self.port._tx, self.meta, &self.slot)
+        self.port._sent += 1
+        self.port._sent_bytes += self.codec.out.header.total_bytes
+        return 0
+
+    cdef object _left(self):
+        cdef uint64_t now = c.tsqp_now_ns()
+        if self.deadline == <uint64_t>-1:
+            return None
+        return (self.deadline - now) / 1e9 if self.deadline > now else 0.0
+
+
 cdef class Port:
     """The fast half of a :class:`tsqp.Channel`, which is the only one to make one.
 
@@ -87,11 +162,13 @@ cdef class Port:
     cdef public bint _closed
     cdef public uint64_t threshold
     cdef readonly uint64_t _sent, _sent_bytes, _received, _received_bytes
+    cdef object _reserved_by
 
     def __init__(self, Ring tx, Ring rx, uint64_t threshold):
         self._tx, self._rx, self.threshold = tx, rx, threshold
         self._encoder, self._decoder = Codec(), Codec()
         self.send_gate, self.receive_gate = Gate(), Gate()
+        self._reserved_by = None
         self.direct_send = tx is not None
         self.direct_receive = rx is not None
 
@@ -143,6 +220,56 @@ cdef class Port:
                 self.send_gate.give()
         fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
         return self._send_slow(tensors, packed, fields, timeout, transfer, wire)
+
+    def reserve(self, specs, *, uint32_t tag=0, meta=None, uint64_t request_id=0, int status=0, uint32_t flags=0,
+                uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None):
+        """A ``with`` block over tensors that lie in a free slot, to be computed in place; sent when the block ends.
+
+        ``with ch.reserve([((4, 2048), torch.float32)]) as out: torch.matmul(a, b, out=out[0])``
+
+        Args:
+            specs: for each tensor a pair of shape and torch dtype, or a tensor to be like.
+            timeout: seconds to wait for a free slot; None waits for ever, but notices a dead peer.
+            The others are :meth:`send`'s.
+
+        The tensors start with arbitrary contents and are valid inside the block. An exception inside it sends
+        nothing. A message that does not fit a slot, or has none, is built in private memory and sent at the end of
+        the block. Other threads' sends wait meanwhile.
+
+        Raises:
+            ShapeError: a tensor was resized or replaced inside the block, as ``out=`` of a wrong shape does; nothing
+                is sent. RingUsageError: a send, or another reserve, inside the block. Else like :meth:`send`.
+        """
+        cdef Reservation reservation = Reservation.__new__(Reservation)
+        reservation.port, reservation.codec = self, self._encoder
+        reservation.fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
+        reservation.specs, reservation.meta = specs, meta_of(meta)
+        reservation.deadline = deadline_of(timeout)
+        return reservation
+
+    cdef int _enter_send(self, uint64_t deadline) except -1:
+        """Takes the send gate for a block of this thread."""
+        cdef uint64_t now
+        if not self.send_gate.take():
+            self.check_not_reserved()
+            now = c.tsqp_now_ns()
+            left = 1e6 if deadline - now > <uint64_t>1e15 else (deadline - now) / 1e9
+            if now >= deadline or not self.send_gate.acquire(timeout=left):
+                raise e.WaitTimeoutError("another thread is sending; wait for it")
+        if self._closed:
+            self.send_gate.give()
+            raise e.ClosedError("the channel is closed; connect again")
+        self._reserved_by = threading.get_ident()
+        return 0
+
+    cdef int _leave_send(self) except -1:
+        self._reserved_by = None
+        return self.send_gate.give()
+
+    cpdef check_not_reserved(self):
+        """Raises RingUsageError in a thread that would wait for itself."""
+        if self._reserved_by is not None and self._reserved_by == threading.get_ident():
+            raise e.RingUsageError("this thread has a reserve() block open on the channel; end it before it sends more")
 
     def recv(self, timeout=None):
         """The next message, its tensors in private memory.

@@ -44,6 +44,10 @@ cdef class Codec:
     cdef uint8_t *_scratch(self, uint64_t nbytes) except NULL
     cdef list packed
     cdef uint64_t begin(self, tensors, bytes meta, object wire) except 0
+    cdef uint64_t begin_specs(self, specs, bytes meta) except 0
+    cdef list tensors_in(self, Ring ring, tsqp_slot *slot)
+    cdef int check_written(self, list tensors) except -1
+    cdef int publish_written(self, Ring ring, bytes meta, tsqp_slot *slot) except -1
     cdef object _pack_encoded(self)
     cdef TensorBytes _packed(self, Py_ssize_t i)
     cdef TensorBytes _encoded(self, Py_ssize_t i)

@@ -236,6 +236,83 @@ cdef class Codec:
         check(c.tsqp_message_plan(&self.out))
         return header.total_bytes
 
+    cdef uint64_t begin_specs(self, specs, bytes meta) except 0:
+        """Like :meth:`begin` for tensors that are still to be made: `specs` are pairs of shape and torch dtype, or
+        tensors to be like."""
+        cdef c.tsqp_message_header *header = &self.out.header
+        cdef c.tsqp_tensor_desc *desc
+        cdef Py_ssize_t count = len(specs)
+        cdef Py_ssize_t i, k, ndim
+        if count > c.TSQP_MAX_TENSORS:
+            check(c.TSQP_TOO_MANY_TENSORS)
+        if header.flags & ~USER_FLAGS:
+            raise e.MessageError(f"flags={header.flags:#x} uses bits of the transport; only the low 24 are the user's")
+        header.tensor_count = <uint32_t>count
+        header.meta_bytes = <uint32_t>len(meta)
+        self.packed = None
+        for i in range(count):
+            desc = &self.out.tensors[i]
+            shape, dtype = (specs[i].shape, specs[i].dtype) if isinstance(specs[i], Tensor) else specs[i]
+            if dtype not in DTYPE_CODES:
+                raise e.DTypeError(f"{dtype} can't be sent; reserve one of {', '.join(str(d)[6:] for d in DTYPE_CODES)}")
+            ndim = len(shape)
+            if ndim > c.TSQP_MAX_NDIM:
+                raise e.RankError(f"a tensor of {ndim} dimensions can't be sent; at most {c.TSQP_MAX_NDIM} are allowed")
+            desc.dtype = DTYPE_CODES[dtype]
+            desc.encoding = c.TSQP_PLAIN
+            desc.ndim = <uint8_t>ndim
+            for k in range(ndim):
+                desc.shape[k] = shape[k]
+        check(c.tsqp_message_plan(&self.out))
+        return header.total_bytes
+
+    cdef list tensors_in(self, Ring ring, c.tsqp_slot *slot):
+        """The planned message's tensors in an acquired slot (None: in private memory), to be written by the caller."""
+        cdef c.tsqp_tensor_desc *desc
+        cdef void *data = NULL
+        cdef uint32_t i
+        cdef list tensors = []
+        for i in range(self.out.header.tensor_count):
+            desc = &self.out.tensors[i]
+            if ring is None:
+                tensors.append(_new_tensor(desc, &data))
+            else:
+                data = slot.data + desc.offset
+                c.tsqp_segment_retain(ring.segment.ptr)
+                tensors.append(_wrap(desc, data, NULL, ring.segment.ptr))
+            self.sources[i].data = data
+        return tensors
+
+    cdef int check_written(self, list tensors) except -1:
+        """Raises ShapeError unless the tensors made by :meth:`tensors_in` are what and where they were: `out=` of a
+        wrong shape resizes its tensor instead of failing."""
+        cdef c.tsqp_tensor_desc now
+        cdef c.tsqp_tensor_desc *planned
+        cdef Source source
+        cdef uint32_t i
+        cdef int k
+        for i in range(self.out.header.tensor_count):
+            planned = &self.out.tensors[i]
+            _describe(tensors[i], &now, &source)
+            same = now.dtype == planned.dtype and now.ndim == planned.ndim and source.contiguous
+            for k in range(planned.ndim):
+                same = same and now.shape[k] == planned.shape[k]
+            if not same or (planned.nbytes and source.data != self.sources[i].data):
+                raise e.ShapeError(
+                    f"tensor {i} of the reserved message was {DTYPES[planned.dtype]} "
+                    f"{[planned.shape[k] for k in range(planned.ndim)]} and is {tensors[i].dtype} "
+                    f"{list(tensors[i].shape)} now: an operation resized or replaced it instead of writing into it; "
+                    "reserve the shape and dtype of its result. Nothing was sent")
+        return 0
+
+    cdef int publish_written(self, Ring ring, bytes meta, c.tsqp_slot *slot) except -1:
+        """Writes the head beside tensors that are in the slot already, and publishes."""
+        cdef uint64_t head = c.tsqp_message_head_bytes(&self.out.header)
+        cdef uint8_t *scratch = self._scratch(head)
+        c.tsqp_message_write_head(&self.out, <char *>meta, scratch)
+        c.tsqp_copy_to_shared(slot.data, scratch, head)
+        return check_ring(c.tsqp_ring_publish(ring.ptr, slot, self.out.header.total_bytes), "publish")
+
     cdef object _pack_encoded(self):
         """Encoders read contiguous memory: strided tensors are packed privately first."""
         cdef uint32_t i

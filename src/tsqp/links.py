@@ -45,6 +45,9 @@ class Link(Protocol):
     def recv(self, deadline: float) -> LargeMessage | None:
         """The next message, or None when `deadline` (time.monotonic seconds) passed."""
 
+    def wait(self, deadline: float) -> bool:
+        """True once there is a message to receive, False when `deadline` passed; raises like :meth:`recv`."""
+
     def pending(self) -> bool: ...
     def dead(self) -> str | None: ...
     def can_send(self) -> bool: ...
@@ -162,16 +165,23 @@ class ClientLink:
             wait_sent(tracker, deadline, self.dead)
 
     def recv(self, deadline: float) -> LargeMessage | None:
+        while self.wait(deadline):
+            with self._lock:
+                if self._inbox:  # else another thread took it
+                    return self._inbox.popleft()
+        return None
+
+    def wait(self, deadline: float) -> bool:
         while True:
             with self._lock:
                 self._check_open()
                 self._pump()
                 reason = None if self._inbox else self._look()
                 if self._inbox:
-                    return self._inbox.popleft()
+                    return True
                 self._check_peer(reason)
                 if time.monotonic() >= deadline:
-                    return None
+                    return False
                 self._waiting += 1
             # Outside the lock: another thread may send meanwhile.
             try:
@@ -325,15 +335,20 @@ class ServerLink:
 
     def recv(self, deadline: float) -> LargeMessage | None:
         with self._arrived:
-            while True:
-                if self._inbox:
-                    message = self._inbox.popleft()
-                    self._inbox_bytes -= cost(message)
-                    return message
+            if not self.wait(deadline):
+                return None
+            message = self._inbox.popleft()
+            self._inbox_bytes -= cost(message)
+            return message
+
+    def wait(self, deadline: float) -> bool:
+        with self._arrived:
+            while not self._inbox:
                 self._check_peer()
                 if time.monotonic() >= deadline:
-                    return None
+                    return False
                 self._arrived.wait(slice_until(deadline))
+            return True
 
     def _check_peer(self) -> None:
         check_process(self._pid)

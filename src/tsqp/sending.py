@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._message import deadline_ns, give_up
-from ._ring import Ring
 from .errors import MessageTooLargeError, WaitTimeoutError
 from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
@@ -49,8 +48,7 @@ class Sender:
         compute_ns, queue_ns."""
         deadline = deadline_ns(timeout)
         ring = self._ring
-        if ring is not None and (self._broken_off or not ring.ready()):
-            self._clear(ring, deadline)
+        self.clear(deadline)
         total = self._codec.plan(tensors, meta, *fields, wire)
         if ring is not None and total < self._channel.threshold:
             self._codec.write(ring, meta, deadline)
@@ -105,8 +103,11 @@ class Sender:
         self.ring_count += 1
         self.ring_bytes += nbytes
 
-    def _clear(self, ring: Ring, deadline: int) -> None:
+    def clear(self, deadline: int) -> None:
         """Makes sure of a free slot, and that the receiver does not wait for the rest of another message."""
+        ring = self._ring
+        if ring is None or (not self._broken_off and ring.ready()):
+            return
         if self._tail is not None:
             self.flush(deadline)
         if not ring.ready():

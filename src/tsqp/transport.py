@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import aio
 from . import handshake as hs
 from ._channel import Port
 from ._message import Lease, Message
@@ -75,13 +76,17 @@ class Channel(Port):
         threshold: int,
         large: str,
         peer: str,
-        bell: Doorbell,
+        spin_us: float,
+        futex: bool,
+        wait: str,
     ) -> None:
         super().__init__(tx, rx, threshold)
         self.peer = peer
         self.transport = f"shm+{scheme}" if segment is not None else scheme
         self.on_close: Callable[[Channel], None] = lambda channel: None
-        self._link, self._segment, self._bell = link, segment, bell
+        self._link, self._segment, self._bell = link, segment, Doorbell(spin_us, futex, wait)
+        self._bell_options = (futex, wait)
+        self._helper: aio.Helper | None = None
         # They reach back through a weak reference: a cycle would keep a closed channel's segment mapped until the
         # garbage collector comes. The channel lives while it sends.
         me = weakref.proxy(self)
@@ -103,10 +108,15 @@ class Channel(Port):
         transfer: bool,
         wire: Any,
     ) -> int:
+        self.check_not_reserved()
         with self.send_gate:
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
             return self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+
+    def _clear_way(self, deadline: int) -> None:
+        """Waits for a free slot that the next message may take. The caller holds the send gate."""
+        self._sender.clear(deadline)
 
     def _make_room(self, deadline: int) -> None:
         """Waits for a free slot and meanwhile reads ahead: the peer may itself wait until we read."""
@@ -159,6 +169,25 @@ class Channel(Port):
         if self.flush_due and self._tx is not None:
             return self._tx.ready() or bool(self._link.dead())
         return self._receiver.ready()
+
+    async def arecv(self, timeout: float | None = None) -> Message:
+        """:meth:`recv` for asyncio: the loop goes on while this waits. Cancelling it loses nothing."""
+        return await aio.receive(self, timeout)
+
+    async def asend(self, tensors: Sequence[Any], **options: Any) -> int:
+        """:meth:`send` for asyncio, with the same options: a large message, or one the peer has no room for yet, is
+        sent from a thread. Cancelling it does not recall what is being sent."""
+        return await aio.send(self, tensors, options)
+
+    def helper(self) -> aio.Helper:
+        """The thread that waits for asyncio."""
+        if self._helper is None:
+            self._helper = aio.Helper(self, *self._bell_options)
+        return self._helper
+
+    def wait_link(self, deadline: float) -> bool:
+        """Waits for a message over ZeroMQ until `deadline` (time.monotonic seconds); True if one is there."""
+        return self._link.wait(deadline)
 
     @property
     def wait_ring(self) -> Ring | None:
@@ -240,6 +269,8 @@ class Channel(Port):
         for ring in (self._tx, self._rx):
             if ring is not None:
                 ring.close()
+        if self._helper is not None:
+            self._helper.stop()
         self._link.close()
         # The rings keep the mapping; leases the user still holds keep it too.
         self._segment = None
@@ -280,8 +311,19 @@ def make_channel(
     if segment is not None:
         tx = Ring(segment, 1 if server else 0, True, wait, spin_us, futex)
         rx = Ring(segment, 0 if server else 1, False, wait, spin_us, futex)
-    bell = Doorbell(spin_us, futex, wait)
-    return Channel(link, segment, tx, rx, scheme=scheme, threshold=threshold, large=large, peer=peer, bell=bell)
+    return Channel(
+        link,
+        segment,
+        tx,
+        rx,
+        scheme=scheme,
+        threshold=threshold,
+        large=large,
+        peer=peer,
+        spin_us=spin_us,
+        futex=futex,
+        wait=wait,
+    )
 
 
 def connect(
