@@ -7,11 +7,12 @@ import os
 import platform
 import signal
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("tsqp", "torch", "numpy", "pyzmq", "msgpack", "iceoryx2", "transformers")
+PACKAGES = ("tsqp", "torch", "numpy", "pyzmq", "msgpack", "iceoryx2", "transformers", "vllm")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -79,6 +80,14 @@ def pin(core: int | None) -> None:
     """Keeps this thread, and what it starts from now on, on one core."""
     if core is not None:
         os.sched_setaffinity(0, {core})
+
+
+def pin_beside_me(name: str) -> None:
+    """Keeps the thread of this name on the calling thread's cores."""
+    if hasattr(os, "sched_setaffinity"):
+        for thread in threading.enumerate():
+            if thread.name == name and thread.native_id is not None:
+                os.sched_setaffinity(thread.native_id, os.sched_getaffinity(0))
 
 
 def die_with_parent() -> None:

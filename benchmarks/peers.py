@@ -11,8 +11,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +26,23 @@ from . import machine
 START_S = 60.0
 STOP_S = 10.0
 SIGNALS_STOP = hasattr(signal, "SIGSTOP")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How often an echo copies its bytes: the request on its way in and out, then the reply. Counted in the code of
+    who moves them, the kernel's copies of a socket or pipe among them; ``why`` says which they are."""
+
+    request_in: int
+    request_out: int
+    reply_in: int
+    reply_out: int
+    why: str
+
+    @property
+    def per_byte_delivered(self) -> float:
+        """An echo delivers each byte twice: to the server and back."""
+        return (self.request_in + self.request_out + self.reply_in + self.reply_out) / 2
 
 
 class Peer:
@@ -41,6 +60,11 @@ class Peer:
     @classmethod
     def unavailable(cls) -> str | None:
         """Why this peer can't run here, or None."""
+        return None
+
+    @classmethod
+    def copies(cls, nbytes: int) -> Copies | None:
+        """The copies of an echo of `nbytes`; None: not known."""
         return None
 
     def address(self) -> Any:
@@ -88,6 +112,10 @@ def _server_process(peer: type[Peer], address: Any, core: int | None, report: Co
         raise
 
 
+class WrongAnswerError(RuntimeError):
+    """A peer did not return what it should have."""
+
+
 class PeerFailedError(RuntimeError):
     """A peer's server ended when it should not have."""
 
@@ -128,6 +156,11 @@ class Running:
         if answer != "ready":
             raise PeerFailedError(f"the server of {self.peer.title} failed:\n{answer}")
         self.peer.connect(address)
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process; None where everything happens in this one."""
+        return None if self._process is None else self._process.pid
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.is_alive():
@@ -185,6 +218,39 @@ def watched(running: Sequence[Running]) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+@contextlib.contextmanager
+def started(
+    wanted: Sequence[type[Peer] | Callable[[Path], Peer]], core: int | None, skipped: dict[str, str] | None = None
+) -> Iterator[list[Running]]:
+    """The peers with their servers; all are ended, whatever happens. Classes that can't start are in `skipped`."""
+    running: list[Running] = []
+    with tempfile.TemporaryDirectory(prefix="echo-") as folder:
+        try:
+            for peer in wanted:
+                reason = peer.unavailable() if isinstance(peer, type) else None
+                if reason is None:
+                    running.append(Running(peer(Path(folder)), core))
+                elif skipped is not None and isinstance(peer, type):
+                    skipped[peer.title] = reason
+            with watched(running):
+                yield running
+            while running:
+                running.pop().stop()
+        finally:
+            for left in running:
+                left.kill()
+
+
+@contextlib.contextmanager
+def taking_turn(running: Running) -> Iterator[Peer]:
+    """The server runs while inside, and is stopped outside."""
+    running.resume()
+    try:
+        yield running.peer
+    finally:
+        running.pause()
+
+
 def shm_shortage(nbytes: int) -> str | None:
     """Why `nbytes` of shared memory can't be had, or None."""
     try:
@@ -197,12 +263,13 @@ def shm_shortage(nbytes: int) -> str | None:
 
 def registry() -> dict[str, type[Peer]]:
     """All peers by key, in the order of the table."""
-    from . import peers_shm, peers_zmq
+    from . import peers_shm, peers_tsqp, peers_zmq
 
     order: Sequence[type[Peer]] = (
-        peers_shm.Tsqp,
-        peers_shm.TsqpTiled,
-        peers_shm.TsqpLarge,
+        peers_tsqp.Tsqp,
+        peers_tsqp.TsqpTiled,
+        peers_tsqp.TsqpAuto,
+        peers_tsqp.TsqpLarge,
         peers_zmq.MsgpackRequest,
         peers_zmq.Multipart,
         peers_zmq.FlagRing,

@@ -1,4 +1,4 @@
-"""tsqp itself, peers through shared memory or a pipe, and the copies nobody can avoid."""
+"""Peers through shared memory or a pipe, and the copies nobody can avoid."""
 
 from __future__ import annotations
 
@@ -17,73 +17,7 @@ import msgpack
 import numpy as np
 import torch
 
-import tsqp
-
-from .peers import Peer, shm_shortage
-
-CONNECT_S = 30.0
-
-
-class Tsqp(Peer):
-    """tsqp as it comes: 10 slots of 10 MiB, ZeroMQ above. The server echoes from a lease."""
-
-    key = "tsqp"
-    title = "tsqp"
-    geometry: ClassVar[dict[str, int]] = {}
-    large: ClassVar[str] = "zmq"
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return shm_shortage(2 * cls.geometry.get("max_chunks", 10) * cls.geometry.get("max_chunk_bytes", 10 << 20))
-
-    @staticmethod
-    def serve(address: Any, ready: Callable[[], None]) -> None:
-        _serve_tsqp(address, ready)
-
-    def connect(self, address: Any) -> None:
-        self._channel = self.stack.enter_context(tsqp.connect(address, timeout=CONNECT_S, large=self.large))
-
-    def echo(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._channel.send([tensor])
-        return self._channel.recv().tensors[0]
-
-    def send_end(self) -> None:
-        self._channel.send([torch.empty(0)])
-
-
-class TsqpTiled(Tsqp):
-    """tsqp as it comes, but what does not fit a slot goes through the ring in tiles."""
-
-    key = "tsqp-tile"
-    title = "tsqp, large ones in tiles"
-    large: ClassVar[str] = "tile"
-
-    @staticmethod
-    def serve(address: Any, ready: Callable[[], None]) -> None:
-        _serve_tsqp(address, ready, large=TsqpTiled.large)
-
-
-class TsqpLarge(Tsqp):
-    """tsqp with slots that hold every tensor of the table: nothing takes ZeroMQ."""
-
-    key = "tsqp80"
-    title = "tsqp, 80 MB slots"
-    geometry: ClassVar[dict[str, int]] = {"max_chunk_bytes": 80 << 20, "max_chunks": 2}
-
-    @staticmethod
-    def serve(address: Any, ready: Callable[[], None]) -> None:
-        _serve_tsqp(address, ready, **TsqpLarge.geometry)
-
-
-def _serve_tsqp(address: str, ready: Callable[[], None], **options: Any) -> None:
-    with tsqp.listen(address, **options) as listener:
-        ready()
-        channel = listener.accept(timeout=CONNECT_S)
-        while True:
-            with channel.lease() as message:
-                if message.tensors[0].numel() == 0:
-                    return
-                channel.send(message.tensors)
+from .peers import Copies, Peer, shm_shortage
 
 
 class Pipe(Peer):
@@ -91,6 +25,10 @@ class Pipe(Peer):
 
     key = "pipe"
     title = "multiprocessing.Pipe"
+
+    @classmethod
+    def copies(cls, nbytes: int) -> Copies:
+        return Copies(1, 3, 1, 3, "the kernel in and out; recv_bytes_into gathers what it read, then copies it once more")
 
     def address(self) -> Any:
         self._mine, self._theirs = multiprocessing.Pipe()
@@ -185,6 +123,10 @@ class Iceoryx2(Peer):
     SHM_BYTES: ClassVar[int] = 512 << 20
 
     @classmethod
+    def copies(cls, nbytes: int) -> Copies:
+        return Copies(1, 0, 1, 1, "into the sample; the server reads it there; into the sample; out of the sample")
+
+    @classmethod
     def unavailable(cls) -> str | None:
         if importlib.util.find_spec("iceoryx2") is None:
             return "it is not installed (pip install iceoryx2)"
@@ -237,6 +179,10 @@ class CopyLimit(Peer):
     key = "copies"
     title = "the three copies, no waiting"
     has_server = False
+
+    @classmethod
+    def copies(cls, nbytes: int) -> Copies:
+        return Copies(1, 0, 1, 1, "in, across, out")
 
     def connect(self, address: Any) -> None:
         self._buffers: dict[int, tuple[np.ndarray, np.ndarray, torch.Tensor, np.ndarray]] = {}

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 import zmq
 
-from .peers import Peer, shm_shortage
+from .peers import Copies, Peer, shm_shortage
 
 # Received bytes are read-only to Python; nobody writes to these tensors.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+_BY_SOCKET = Copies(2, 0, 2, 0, "ZeroMQ sends from the tensor and keeps what arrives; the kernel copies in and out")
 
 
 class ZmqPeer(Peer):
@@ -62,6 +65,11 @@ class MsgpackRequest(ZmqPeer):
     key = "msgpack"
     title = "msgpack over ZeroMQ ipc"
 
+    @classmethod
+    def copies(cls, nbytes: int) -> Copies:
+        why = "tobytes, packb, send, the kernel in and out; recv, unpackb"
+        return Copies(5, 2, 5, 2, why)
+
     @staticmethod
     def serve(address: Any, ready: Callable[[], None]) -> None:
         MsgpackRequest._serve(address, ready)
@@ -82,6 +90,10 @@ class Multipart(ZmqPeer):
 
     key = "multipart"
     title = "ZeroMQ multipart, no copy"
+
+    @classmethod
+    def copies(cls, nbytes: int) -> Copies:
+        return _BY_SOCKET
 
     @staticmethod
     def serve(address: Any, ready: Callable[[], None]) -> None:
@@ -174,6 +186,12 @@ class FlagRing(ZmqPeer):
 
     key = "flagring"
     title = "Python flag ring + ZeroMQ control"
+
+    @classmethod
+    def copies(cls, nbytes: int) -> Copies:
+        if nbytes > _Slots.SLOT_BYTES:
+            return _BY_SOCKET
+        return Copies(1, 1, 1, 1, "into the slot and out of it, at both ends")
 
     @classmethod
     def unavailable(cls) -> str | None:

@@ -16,14 +16,14 @@ NOTHING = "-"
 
 
 @dataclass
-class Cell:
-    """Round trips of one peer at one size, in nanoseconds."""
+class Samples:
+    """Durations in nanoseconds."""
 
-    samples_ns: list[int] = field(default_factory=list)
+    ns: list[int] = field(default_factory=list)
 
     def quantile_us(self, share: float) -> float:
         """Nearest-rank quantile in microseconds."""
-        ordered = sorted(self.samples_ns)
+        ordered = sorted(self.ns)
         return ordered[max(0, math.ceil(share * len(ordered)) - 1)] / 1000
 
     @property
@@ -34,22 +34,13 @@ class Cell:
     def p99_us(self) -> float:
         return self.quantile_us(0.99)
 
-
-@dataclass
-class Result:
-    """All cells of a run: by peer's key, then by size in bytes."""
-
-    titles: dict[str, str]
-    sizes: list[int]
-    cells: dict[str, dict[int, Cell]]
-    skipped: dict[str, str]
-    pinned: bool
-    seconds_per_cell: float
-    machine: Mapping[str, Any]
-
-    def median_us(self, key: str, nbytes: int) -> float | None:
-        cell = self.cells.get(key, {}).get(nbytes)
-        return cell.median_us if cell and cell.samples_ns else None
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "median_us": round(self.median_us, 3),
+            "p99_us": round(self.p99_us, 3),
+            "max_us": round(max(self.ns) / 1000, 3),
+            "count": len(self.ns),
+        }
 
 
 def size_text(nbytes: int) -> str:
@@ -60,7 +51,7 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def number_text(value: float) -> str:
+def figure(value: float) -> str:
     if value < 100:
         return f"{value:.1f}"
     return f"{value:.0f}"

@@ -1,0 +1,187 @@
+"""Many clients on one server of one thread: total throughput, and how evenly they share it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import tsqp
+from tsqp.errors import ClosedError, PeerDiedError
+
+from . import machine
+from .peers import PeerFailedError, WrongAnswerError
+from .report import figure, size_text
+from .setting import Setting, median, random_tensor
+
+COUNTS = (1, 2, 4, 8, 16)
+SIZES = (1 << 10, 1 << 20)
+ROUNDS = 3
+SECONDS_PER_TURN = 1.0
+WARMUP_S = 0.15
+GEOMETRY = {"max_chunk_bytes": 2 << 20, "max_chunks": 4}
+PATIENCE_S = 60.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "numpy", "tsqp.listener", "tsqp.transport"])
+
+
+def serve(wire: Connection, endpoint: str) -> None:
+    """Echoes what any client sends, in the one thread of this process, until `wire` says something."""
+    _begin()
+    with tsqp.listen(endpoint, max_clients=max(COUNTS), **GEOMETRY) as listener:
+        wire.send("ready")
+        while not wire.poll():
+            for channel in listener.wait(0.2):
+                _answer(channel)
+            while listener.accept_nowait() is not None:
+                pass
+
+
+def _answer(channel: Any) -> None:
+    """One message of one client: each gets its turn."""
+    try:
+        lease = channel.recv_nowait()
+        if lease is not None:
+            with lease as message:
+                channel.send(message.tensors, timeout=5.0)
+    except (ClosedError, PeerDiedError):
+        channel.close()
+
+
+def call(wire: Connection, endpoint: str) -> None:
+    """A client: connects with a tensor of the size it hears, echoes it in the span it hears, and says how often."""
+    _begin()
+    while (nbytes := wire.recv()) is not None:
+        tensor = random_tensor(nbytes, seed=0)
+        with tsqp.connect(endpoint, timeout=PATIENCE_S) as channel:
+            channel.send([tensor])
+            wire.send(bool(torch.equal(channel.recv(PATIENCE_S).tensors[0], tensor)))
+            begin, end = wire.recv()
+            wire.send(_count(channel, tensor, begin, end))
+
+
+def _count(channel: Any, tensor: torch.Tensor, begin: float, end: float) -> int:
+    """Echoes that begin and end in the span; those before it warm up."""
+    count, payload = 0, [tensor]
+    while (before := time.monotonic()) < end:
+        channel.send(payload)
+        channel.recv()
+        if before >= begin and time.monotonic() <= end:
+            count += 1
+    return count
+
+
+def _begin() -> None:
+    machine.die_with_parent()
+    torch.set_num_threads(1)
+
+
+class Worker:
+    """A process that runs ``target(wire, endpoint)``."""
+
+    def __init__(self, target: Callable[[Connection, str], None], endpoint: str) -> None:
+        self._wire, theirs = _context.Pipe()
+        self._process = _context.Process(target=target, args=(theirs, endpoint), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def say(self, value: Any) -> None:
+        self._wire.send(value)
+
+    def hear(self) -> Any:
+        if not self._wire.poll(PATIENCE_S):
+            raise PeerFailedError(f"process {self._process.pid} said nothing for {PATIENCE_S:g} s")
+        try:
+            return self._wire.recv()
+        except EOFError:
+            raise PeerFailedError(f"process {self._process.pid} died") from None
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            self.say(None)
+        self._process.join(5.0)
+        self._process.kill()
+        self._process.join()
+        self._wire.close()
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[list[Worker]]:
+    """That many clients, and the server they can connect to."""
+    with tempfile.TemporaryDirectory(prefix="clients-") as folder, contextlib.ExitStack() as stack:
+        endpoint = f"ipc://{Path(folder) / 'server.sock'}"
+        server = Worker(serve, endpoint)
+        stack.callback(server.end)
+        server.hear()
+        clients = []
+        for _ in range(count):
+            clients.append(Worker(call, endpoint))
+            stack.callback(clients[-1].end)
+        yield clients
+
+
+def turn(clients: Sequence[Worker], nbytes: int, setting: Setting) -> list[int]:
+    """Echoes of each client in one span of time, the same for all."""
+    for client in clients:
+        client.say(nbytes)
+    if not all(client.hear() for client in clients):
+        raise WrongAnswerError("a client was returned something else than it sent")
+    begin = time.monotonic() + setting.seconds(WARMUP_S)
+    for client in clients:
+        client.say((begin, begin + setting.seconds(SECONDS_PER_TURN)))
+    return [client.hear() for client in clients]
+
+
+def run(setting: Setting, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
+    echoes: dict[int, dict[int, list[list[int]]]] = {nbytes: {count: [] for count in counts} for nbytes in SIZES}
+    with workers(max(counts)) as clients, setting.part(ROUNDS * len(SIZES) * len(counts)):
+        for number in range(ROUNDS):
+            for nbytes in SIZES:
+                for count in counts if number % 2 == 0 else reversed(counts):
+                    setting.step(f"{count} clients, {size_text(nbytes)}")
+                    echoes[nbytes][count].append(turn(clients[:count], nbytes, setting))
+    seconds = setting.seconds(SECONDS_PER_TURN)
+    return {
+        "counts": list(counts),
+        "sizes": {str(nbytes): summary(cells, seconds) for nbytes, cells in echoes.items()},
+    }
+
+
+def summary(cells: dict[int, list[list[int]]], seconds: float) -> dict[str, Any]:
+    """Medians over the rounds."""
+    total = {count: median([sum(one) / seconds for one in rounds]) for count, rounds in cells.items()}
+    peak = max(total.values())
+    spread = {count: median([max(one) / max(min(one), 1e-9) for one in rounds]) for count, rounds in cells.items()}
+    return {
+        "echoes_per_s": {str(count): value for count, value in total.items()},
+        "of_peak": {str(count): value / peak if peak else 0.0 for count, value in total.items()},
+        "max_over_min": {str(count): value for count, value in spread.items()},
+    }
+
+
+def after_peak(of_peak: dict[str, float]) -> float:
+    """The smallest share of the peak from the peak on: with more clients it may never fall off."""
+    shares = list(of_peak.values())
+    return min(shares[shares.index(max(shares)) :])
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    found = []
+    for nbytes, cells in result["sizes"].items():
+        title = f"Clients on one server of one thread, echo of {size_text(int(nbytes))}"
+        table = Table(title=title, title_justify="left")
+        for column in ("clients", "echoes/s", "of peak", "max/min share"):
+            table.add_column(column, justify="right")
+        for count, rate in cells["echoes_per_s"].items():
+            table.add_row(count, figure(rate), f"{cells['of_peak'][count]:.2f}", f"{cells['max_over_min'][count]:.2f}")
+        found.append(table)
+    return found

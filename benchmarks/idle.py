@@ -1,0 +1,117 @@
+"""What both ends cost while nothing is to be done, and how long the first message after that takes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tsqp.errors import WaitTimeoutError
+
+from .peers import Peer, Running, started, taking_turn
+from .peers_tsqp import Tsqp
+from .report import Samples, figure
+from .rpc import RpcPeer
+from .setting import Setting, in_turn, random_tensor
+from .usage import cpu_ns, usage
+
+#: Seconds of idling -> how often.
+IDLES = {0.05: 20, 0.3: 10, 1.0: 4, 10.0: 1}
+TRAFFIC_S = 0.3
+NBYTES = 1024
+
+
+class IdleChannel(Tsqp):
+    """A channel; the client waits in ``recv`` all the time, the server in ``lease``."""
+
+    key = "channel"
+    title = "channel, both ends waiting for a message"
+
+    def connect(self, address: Any) -> None:
+        super().connect(address)
+        self._tensor = random_tensor(NBYTES, seed=0)
+
+    def call(self) -> torch.Tensor:
+        return self.echo(self._tensor)
+
+    def idle(self, seconds: float) -> None:
+        try:
+            self.channel.recv(timeout=seconds)
+        except WaitTimeoutError:
+            return
+        raise RuntimeError("a message came that nobody sent")
+
+
+class IdleRpc(RpcPeer):
+    """GPUServer's loop waits for requests, the client's thread does something else."""
+
+    key = "rpc"
+    title = "GPUServer's loop, a GPUClient that is not called"
+
+    def idle(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+CONTESTANTS: tuple[type[Peer], ...] = (IdleChannel, IdleRpc)
+
+
+def idle_once(running: Running, seconds: float) -> tuple[float, float, int]:
+    """CPU shares in percent of client and server while idle, and the first round trip after it in ns."""
+    peer: Any = running.peer
+    assert running.pid is not None
+    begin, mine, theirs = time.perf_counter(), usage().cpu_ns, cpu_ns(running.pid)
+    peer.idle(seconds)
+    # The clocks first: looking at a process's time is a system call on a warm path otherwise.
+    before = time.perf_counter_ns()
+    peer.call()
+    first_ns = time.perf_counter_ns() - before
+    spent = time.perf_counter() - begin
+    shares = [100 * (after - cpu) / 1e9 / spent for after, cpu in ((usage().cpu_ns, mine), (cpu_ns(running.pid), theirs))]
+    return shares[0], shares[1], first_ns
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    lengths = {setting.seconds(idle): times for idle, times in IDLES.items()}
+    found: dict[str, dict[float, list[tuple[float, float, int]]]] = {}
+    with started(CONTESTANTS, setting.server_core) as peers, setting.pinned():
+        with setting.part(len(lengths) * len(peers)):
+            for seconds, times in lengths.items():
+                for running in in_turn(peers, 1):
+                    setting.step(f"{running.peer.title}, {seconds:g} s")
+                    with taking_turn(running) as peer:
+                        ends = found.setdefault(peer.key, {})
+                        ends[seconds] = [after_traffic(running, setting, seconds) for _ in range(times)]
+    return {
+        "titles": {peer.key: peer.title for peer in CONTESTANTS},
+        "idle": {key: {f"{idle:g}": as_json(runs) for idle, runs in ends.items()} for key, ends in found.items()},
+    }
+
+
+def after_traffic(running: Running, setting: Setting, seconds: float) -> tuple[float, float, int]:
+    """One idling after traffic that makes waits spin."""
+    peer: Any = running.peer
+    end = time.perf_counter() + min(setting.seconds(TRAFFIC_S), seconds)
+    while time.perf_counter() < end:
+        peer.call()
+    return idle_once(running, seconds)
+
+
+def as_json(runs: list[tuple[float, float, int]]) -> dict[str, Any]:
+    first = Samples([run[2] for run in runs])
+    mine, theirs = (sorted(run[side] for run in runs)[len(runs) // 2] for side in (0, 1))
+    return {"client_cpu_percent": mine, "server_cpu_percent": theirs, "first_message": first.as_json()}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    table = Table(title="Idle after traffic", title_justify="left")
+    for column in ("", "idle s", "client CPU %", "server CPU %", "first message µs", "slowest", "times"):
+        table.add_column(column, justify="left" if not column else "right")
+    for key, ends in result["idle"].items():
+        for seconds, cell in ends.items():
+            first = cell["first_message"]
+            shares = (f"{cell[side]:.2f}" for side in ("client_cpu_percent", "server_cpu_percent"))
+            times = (figure(first["median_us"]), figure(first["max_us"]), str(first["count"]))
+            table.add_row(result["titles"][key], seconds, *shares, *times)
+    return [table]
