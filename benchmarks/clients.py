@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -39,11 +40,19 @@ def serve(wire: Connection, endpoint: str) -> None:
     _begin()
     with tsqp.listen(endpoint, max_clients=max(COUNTS), **GEOMETRY) as listener:
         wire.send("ready")
-        while not wire.poll():
-            for channel in listener.wait(0.2):
+        ended = threading.Event()  # looking at the wire in the loop would cost more than an echo
+        threading.Thread(target=_end_when_told, args=(wire, ended, listener), daemon=True).start()
+        while not ended.is_set():
+            for channel in listener.wait():
                 _answer(channel)
             while listener.accept_nowait() is not None:
                 pass
+
+
+def _end_when_told(wire: Connection, ended: threading.Event, listener: tsqp.Listener) -> None:
+    wire.poll(None)
+    ended.set()
+    listener.interrupt()
 
 
 def _answer(channel: Any) -> None:
