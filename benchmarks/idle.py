@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -14,8 +15,8 @@ from .peers import Peer, Running, started, taking_turn
 from .peers_tsqp import Tsqp
 from .report import Samples, figure
 from .rpc import RpcPeer
-from .setting import Setting, in_turn, random_tensor
-from .usage import cpu_ns, usage
+from .setting import Setting, random_tensor
+from .usage import cpu_ns
 
 #: Seconds of idling -> how often.
 IDLES = {0.05: 20, 0.3: 10, 1.0: 4, 10.0: 1}
@@ -61,28 +62,26 @@ def idle_once(running: Running, seconds: float) -> tuple[float, float, int]:
     """CPU shares in percent of client and server while idle, and the first round trip after it in ns."""
     peer: Any = running.peer
     assert running.pid is not None
-    begin, mine, theirs = time.perf_counter(), usage().cpu_ns, cpu_ns(running.pid)
+    begin, mine, theirs = time.perf_counter(), cpu_ns(os.getpid()), cpu_ns(running.pid)
     peer.idle(seconds)
-    # The clocks first: looking at a process's time is a system call on a warm path otherwise.
+    spent = time.perf_counter() - begin
+    shares = (cpu_ns(os.getpid()) - mine) / 1e7 / spent, (cpu_ns(running.pid) - theirs) / 1e7 / spent
     before = time.perf_counter_ns()
     peer.call()
-    first_ns = time.perf_counter_ns() - before
-    spent = time.perf_counter() - begin
-    shares = [100 * (after - cpu) / 1e9 / spent for after, cpu in ((usage().cpu_ns, mine), (cpu_ns(running.pid), theirs))]
-    return shares[0], shares[1], first_ns
+    return *shares, time.perf_counter_ns() - before
 
 
 def run(setting: Setting) -> dict[str, Any]:
     lengths = {setting.seconds(idle): times for idle, times in IDLES.items()}
     found: dict[str, dict[float, list[tuple[float, float, int]]]] = {}
-    with started(CONTESTANTS, setting.server_core) as peers, setting.pinned():
-        with setting.part(len(lengths) * len(peers)):
-            for seconds, times in lengths.items():
-                for running in in_turn(peers, 1):
-                    setting.step(f"{running.peer.title}, {seconds:g} s")
-                    with taking_turn(running) as peer:
-                        ends = found.setdefault(peer.key, {})
-                        ends[seconds] = [after_traffic(running, setting, seconds) for _ in range(times)]
+    steps = len(lengths) * len(CONTESTANTS)
+    with started(CONTESTANTS, setting.server_core) as peers, setting.pinned(), setting.part(steps):
+        for seconds, times in lengths.items():
+            for running in peers:
+                setting.step(f"{running.peer.title}, {seconds:g} s")
+                with taking_turn(running) as peer:
+                    ends = found.setdefault(peer.key, {})
+                    ends[seconds] = [after_traffic(running, setting, seconds) for _ in range(times)]
     return {
         "titles": {peer.key: peer.title for peer in CONTESTANTS},
         "idle": {key: {f"{idle:g}": as_json(runs) for idle, runs in ends.items()} for key, ends in found.items()},

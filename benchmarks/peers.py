@@ -263,7 +263,7 @@ def shm_shortage(nbytes: int) -> str | None:
 
 def registry() -> dict[str, type[Peer]]:
     """All peers by key, in the order of the table."""
-    from . import peers_shm, peers_tsqp, peers_zmq
+    from . import peers_shm, peers_tsqp, peers_vllm, peers_zmq
 
     order: Sequence[type[Peer]] = (
         peers_tsqp.Tsqp,
@@ -274,6 +274,7 @@ def registry() -> dict[str, type[Peer]]:
         peers_zmq.Multipart,
         peers_zmq.FlagRing,
         peers_shm.Pipe,
+        peers_vllm.VllmMessageQueue,
         peers_shm.Iceoryx2,
         peers_shm.CopyLimit,
     )

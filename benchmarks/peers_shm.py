@@ -28,7 +28,7 @@ class Pipe(Peer):
 
     @classmethod
     def copies(cls, nbytes: int) -> Copies:
-        return Copies(1, 3, 1, 3, "the kernel in and out; recv_bytes_into gathers what it read, then copies it once more")
+        return Copies(1, 3, 1, 3, "the kernel in and out; recv_bytes_into gathers what it read, then copies it again")
 
     def address(self) -> Any:
         self._mine, self._theirs = multiprocessing.Pipe()

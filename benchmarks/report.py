@@ -1,15 +1,12 @@
-"""Tables of echo times, and the file they are kept in."""
+"""Durations, numbers as text, and tables over sizes."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 NOTHING = "-"
@@ -52,78 +49,48 @@ def size_text(nbytes: int) -> str:
 
 
 def figure(value: float) -> str:
-    if value < 100:
-        return f"{value:.1f}"
-    return f"{value:.0f}"
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def ratio_text(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def _table(result: Result, title: str, text: Callable[[str, int], str]) -> Table:
+def _table(result: dict[str, Any], title: str, text: Callable[[str, str], str]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for nbytes in result.sizes:
+    for nbytes in result["sizes_bytes"]:
         table.add_column(size_text(nbytes), justify="right")
-    for key in result.cells:
-        table.add_row(result.titles[key], *(text(key, nbytes) for nbytes in result.sizes))
+    for key, title_of_peer in result["titles"].items():
+        table.add_row(title_of_peer, *(text(key, str(nbytes)) for nbytes in result["sizes_bytes"]))
     return table
 
 
-def _ratio_table(result: Result, base: str) -> Table:
-    def text(key: str, nbytes: int) -> str:
-        mine, theirs = result.median_us(key, nbytes), result.median_us(base, nbytes)
-        return NOTHING if mine is None or not theirs else ratio_text(mine / theirs)
+def cell_table(result: dict[str, Any], title: str, name: str) -> Table:
+    """One figure of every cell: a row for each peer, a column for each size."""
 
-    return _table(result, f"Medians as multiples of: {result.titles[base]}", text)
+    def text(key: str, nbytes: str) -> str:
+        value = result["cells"][key].get(nbytes, {}).get(name)
+        return NOTHING if value is None else figure(value)
 
-
-def print_result(result: Result, console: Console, bases: Sequence[str]) -> None:
-    """Medians and 99th percentiles in µs, then the medians as multiples of each of `bases`."""
-
-    def text_of(quantile: Callable[[Cell], float]) -> Callable[[str, int], str]:
-        def text(key: str, nbytes: int) -> str:
-            cell = result.cells[key].get(nbytes)
-            return number_text(quantile(cell)) if cell and cell.samples_ns else NOTHING
-
-        return text
-
-    where = "ends pinned to two cores" if result.pinned else "ends not pinned"
-    console.print(_table(result, f"Echo of one float32 tensor, median µs ({where})", text_of(lambda c: c.median_us)))
-    console.print(_table(result, "99th percentile µs", text_of(lambda c: c.p99_us)))
-    for base in bases:
-        if base in result.cells:
-            console.print(_ratio_table(result, base))
-    for title, reason in result.skipped.items():
-        console.print(f"[yellow]SKIPPED {title}: {reason}[/yellow]")
+    return _table(result, title, text)
 
 
-def as_json(result: Result) -> Mapping[str, Any]:
-    cells = {
-        key: {
-            str(nbytes): {
-                "median_us": round(cell.median_us, 3),
-                "p99_us": round(cell.p99_us, 3),
-                "samples": len(cell.samples_ns),
-            }
-            for nbytes, cell in by_size.items()
-            if cell.samples_ns
-        }
-        for key, by_size in result.cells.items()
-    }
-    return {
-        "benchmark": "transport: echo of one float32 tensor, private memory to private memory",
-        "machine": result.machine,
-        "pinned": result.pinned,
-        "seconds_per_cell": result.seconds_per_cell,
-        "sizes_bytes": result.sizes,
-        "titles": result.titles,
-        "cells": cells,
-        "skipped": result.skipped,
-    }
+def ratio_table(result: dict[str, Any], base: str) -> Table:
+    """The medians as multiples of the peer `base`."""
+
+    def text(key: str, nbytes: str) -> str:
+        ratio = median_ratio(result, key, base, nbytes)
+        return NOTHING if ratio is None else figure(ratio)
+
+    return _table(result, f"Medians as multiples of: {result['titles'][base]}", text)
 
 
-def save(result: Result, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(result), indent=1, ensure_ascii=False) + "\n")
+def median_us(result: dict[str, Any], key: str, nbytes: int | str) -> float | None:
+    """The median echo of a peer at a size, None where it was not measured."""
+    cell = result["cells"].get(key, {}).get(str(nbytes))
+    return None if cell is None else cell["median_us"]
+
+
+def median_ratio(result: dict[str, Any], key: str, base: str, nbytes: int | str) -> float | None:
+    """One peer's median as a multiple of another's, None where one is missing."""
+    mine, theirs = median_us(result, key, nbytes), median_us(result, base, nbytes)
+    return None if mine is None or not theirs else mine / theirs
