@@ -55,7 +55,7 @@ format:
 	$(BIN)/clang-format -i $(C_CODE)
 
 bench: $(VENV)/.installed
-	$(BIN)/pip install -q --disable-pip-version-check 'iceoryx2>=0.8'
+	$(BIN)/pip install -q --disable-pip-version-check 'iceoryx2>=0.8' 'matplotlib>=3.7'
 	$(BIN)/python -m benchmarks.transport
 
 # The sdist, and the wheel built from it: what a user gets from an index.

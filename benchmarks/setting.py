@@ -48,12 +48,15 @@ class Setting:
     @contextlib.contextmanager
     def part(self, steps: int) -> Iterator[None]:
         """A progress bar over `steps` calls of :meth:`step`."""
+        gc.collect()
+        gc.freeze()  # what lives now need not be looked at before every turn
         with self._progress:
             self._task = self._progress.add_task("", total=steps)
             try:
                 yield
             finally:
                 self._progress.remove_task(self._task)
+                gc.unfreeze()
 
     def step(self, text: str) -> None:
         """Says what is measured next."""
