@@ -19,7 +19,7 @@ from .setting import Setting, random_tensor
 from .usage import cpu_ns
 
 #: Seconds of idling -> how often.
-IDLES = {0.05: 20, 0.3: 10, 1.0: 4, 10.0: 1}
+IDLES = {0.05: 20, 0.3: 7, 1.0: 3, 10.0: 1}
 TRAFFIC_S = 0.3
 NBYTES = 1024
 

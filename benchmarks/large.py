@@ -14,7 +14,7 @@ from .peers_zmq import Multipart
 from .setting import Setting
 
 SIZES = (15 << 20, 64 << 20, 134 << 20)
-SECONDS_PER_CELL = 1.6
+SECONDS_PER_CELL = 1.2
 CONTESTANTS: tuple[type[Peer], ...] = (Tsqp, TsqpTiled, TsqpAuto, TsqpLarge, Multipart, CopyLimit)
 
 

@@ -121,18 +121,19 @@ class PeerFailedError(RuntimeError):
 
 
 class Running:
-    """A peer with its server process, which is stopped while others are measured: it may wait by spinning."""
+    """A peer with its server process, which is stopped while others are measured: it may wait by spinning.
+
+    The process starts with the object; :meth:`attach` waits for it and connects.
+    """
 
     def __init__(self, peer: Peer, server_core: int | None) -> None:
         self.peer = peer
         self._process: Any = None
+        self._address: Any = None
         self.expects_end = False
         try:
             if peer.has_server:
                 self._start(server_core)
-            else:
-                peer.connect(None)
-            self.pause()
         except BaseException:
             self.kill()
             raise
@@ -140,13 +141,22 @@ class Running:
     def _start(self, core: int | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._report, theirs = context.Pipe(duplex=False)
-        address = self.peer.address()
+        self._address = self.peer.address()
         self._process = context.Process(
-            target=_server_process, args=(type(self.peer), address, core, theirs), daemon=True
+            target=_server_process, args=(type(self.peer), self._address, core, theirs), daemon=True
         )
         self._process.start()
         theirs.close()
         self.peer.started()
+
+    def attach(self) -> None:
+        """Connects to the server as soon as it is ready, and pauses it."""
+        if self._process is not None:
+            self._await_ready()
+        self.peer.connect(self._address)
+        self.pause()
+
+    def _await_ready(self) -> None:
         if not self._report.poll(START_S):
             raise PeerFailedError(f"the server of {self.peer.title} was not ready after {START_S:.0f} s")
         try:
@@ -155,7 +165,6 @@ class Running:
             raise PeerFailedError(f"the server of {self.peer.title} died at its start") from None
         if answer != "ready":
             raise PeerFailedError(f"the server of {self.peer.title} failed:\n{answer}")
-        self.peer.connect(address)
 
     @property
     def pid(self) -> int | None:
@@ -232,6 +241,8 @@ def started(
                     running.append(Running(peer(Path(folder)), core))
                 elif skipped is not None and isinstance(peer, type):
                     skipped[peer.title] = reason
+            for one in running:  # their processes load torch side by side meanwhile
+                one.attach()
             with watched(running):
                 yield running
             while running:

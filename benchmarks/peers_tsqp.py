@@ -76,6 +76,7 @@ class Tsqp(Peer):
     def connect(self, address: Any) -> None:
         endpoint, _ = address
         self.channel = self.stack.enter_context(tsqp.connect(endpoint, timeout=CONNECT_S, large=self.large))
+        self.echo(torch.zeros(1))  # now the server has accepted, and may be stopped
 
     def echo(self, tensor: torch.Tensor) -> torch.Tensor:
         self.channel.send([tensor])

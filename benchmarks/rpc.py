@@ -85,6 +85,7 @@ class RpcPeer(Peer):
 
     def connect(self, address: Any) -> None:
         self._client = self.stack.enter_context(tsqp.GPUClient(address[0], connect_timeout=CONNECT_S))
+        self._client.init()  # now the server has accepted, and may be stopped
         self._h = torch.randn(1, 1, HIDDEN, dtype=self.dtype)
 
     def call(self) -> list[torch.Tensor]:

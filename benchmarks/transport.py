@@ -32,6 +32,8 @@ from .peers import registry
 from .setting import Setting
 
 DEFAULT_SIZES = ("64B", "1KB", "100KB", "1MB", "5MB", "15MB", "64MB")
+#: Below the threshold these do what tsqp does, and above it the part `large` measures them.
+LARGE_ONLY = ("tsqp-tile", "tsqp-auto", "tsqp-slots")
 UNITS = {"B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
@@ -74,11 +76,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = list(registry())
+    usual = [key for key in known if key not in LARGE_ONLY]
     parser.add_argument("parts", nargs="*", metavar="PART", help="which parts to run (all)")
     parser.add_argument("--parts", action="store_true", dest="list_parts", help="say which parts there are, and end")
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in DEFAULT_SIZES])
-    parser.add_argument("--seconds-per-cell", type=float, default=0.8, help="echo: for each peer and size (0.8)")
-    parser.add_argument("--peers", nargs="+", choices=known, default=known, metavar="PEER", help=", ".join(known))
+    parser.add_argument("--seconds-per-cell", type=float, default=0.6, help="echo: for each peer and size (0.6)")
+    parser.add_argument("--peers", nargs="+", choices=known, default=usual, metavar="PEER", help=", ".join(known))
     parser.add_argument("--clients", nargs="+", type=int, default=list(clients.COUNTS), help="how many clients")
     parser.add_argument("--slots", nargs="+", type=int, default=list(slots.COUNTS), help="how many slots")
     parser.add_argument("--large-sizes", nargs="+", type=parse_size, default=list(large.SIZES))
