@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ import tsqp
 from tsqp.errors import ClosedError, PeerDiedError
 
 from . import machine
-from .peers import PeerFailedError, WrongAnswerError
+from .peers import PeerFailedError, WrongAnswerError, processes
 from .report import figure, size_text
 from .setting import Setting, median, random_tensor
 
@@ -30,9 +29,6 @@ SECONDS_PER_TURN = 1.0
 WARMUP_S = 0.15
 GEOMETRY = {"max_chunk_bytes": 2 << 20, "max_chunks": 4}
 PATIENCE_S = 60.0
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "numpy", "tsqp.listener", "tsqp.transport"])
 
 
 def serve(wire: Connection, endpoint: str) -> None:
@@ -98,8 +94,8 @@ class Worker:
     """A process that runs ``target(wire, endpoint)``."""
 
     def __init__(self, target: Callable[[Connection, str], None], endpoint: str) -> None:
-        self._wire, theirs = _context.Pipe()
-        self._process = _context.Process(target=target, args=(theirs, endpoint), daemon=True)
+        self._wire, theirs = processes.Pipe()
+        self._process = processes.Process(target=target, args=(theirs, endpoint), daemon=True)
         self._process.start()
         theirs.close()
 

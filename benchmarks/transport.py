@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import bars, clients, echo, idle, large, machine, plots, rpc, slots, stream
-from .peers import registry
+from .peers import preload_models, registry
 from .setting import Setting
 
 DEFAULT_SIZES = ("64B", "1KB", "100KB", "1MB", "5MB", "15MB", "64MB")
@@ -129,9 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("\n".join(f"{name:8} {part.about}" for name, part in PARTS.items()), highlight=False)
         return 0
     torch.set_num_threads(1)
+    names = [name for name in PARTS if name in options.parts or not options.parts]
+    if {"rpc", "idle"} & set(names):
+        preload_models()
     setting = Setting(machine.two_cores(), options.pace, console)
     where = machine.describe()
-    parts = run([name for name in PARTS if name in options.parts or not options.parts], setting, options)
+    parts = run(names, setting, options)
     promises = bars.bars(parts)
     show(bars.table(promises), console)
     result = {
