@@ -29,7 +29,16 @@ START_S = 60.0
 STOP_S = 10.0
 SIGNALS_STOP = hasattr(signal, "SIGSTOP")
 #: Servers and clients are forked from a process that has these loaded: one costs milliseconds, not seconds.
-_PRELOADED = ["numpy", "torch", "tsqp.server", "tsqp.client", "benchmarks.bars", "benchmarks.echo", "benchmarks.idle"]
+_PRELOADED = [
+    "benchmarks.fork_server",
+    "numpy",
+    "torch",
+    "tsqp.server",
+    "tsqp.client",
+    "benchmarks.bars",
+    "benchmarks.echo",
+    "benchmarks.idle",
+]
 _PRELOADED += ["benchmarks.large", "benchmarks.plots", "benchmarks.slots", "benchmarks.stream"]
 _MODELS = "transformers.models.llama.modeling_llama"
 
