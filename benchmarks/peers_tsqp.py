@@ -21,6 +21,7 @@ DEFAULT_CHUNK_BYTES, DEFAULT_CHUNKS = 10 << 20, 10
 _IN_SLOT = Copies(1, 0, 1, 1, "into the slot; the server's lease reads it there; into the slot; out of the slot")
 _BY_SOCKET = Copies(2, 0, 2, 0, "ZeroMQ sends from the tensor and keeps what arrives; the kernel copies in and out")
 _IN_TILES = Copies(1, 1, 1, 1, "tile by tile into slots, and out of them at both ends")
+_EITHER_WAY = Copies(1, 1, 1, 1, "through the kernel's socket or tile by tile, in and out at both ends")
 
 
 class Tsqp(Peer):
@@ -51,7 +52,7 @@ class Tsqp(Peer):
     def copies(cls, nbytes: int) -> Copies:
         if nbytes < cls.geometry.get("max_chunk_bytes", DEFAULT_CHUNK_BYTES):
             return _IN_SLOT
-        return _BY_SOCKET if cls.large == "zmq" else _IN_TILES
+        return {"zmq": _BY_SOCKET, "tile": _IN_TILES}.get(cls.large, _EITHER_WAY)
 
     def address(self) -> Any:
         return super().address(), {**self.slots, "large": self.large}
