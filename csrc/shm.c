@@ -1,6 +1,7 @@
-/* shm.c: the life of a segment: exclusive create, reserve, initialise, publish the tag last; attach with
- * every field checked; unlink by the creator only. */
+/* shm.c: the life of a segment: create without a name, reserve, initialise, name it last; attach with every
+ * field checked; unlink by the creator only. */
 #include "access.h"
+#include "file.h"
 #include "segment.h"
 #include "tsqp.h"
 
@@ -12,18 +13,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#define PATH_BYTES 512
-#ifdef __linux__
-#define DEFAULT_DIRECTORY "/dev/shm"
-#else
-#define DEFAULT_DIRECTORY "/tmp" /* a mapped file: macOS has no shared-memory file system */
-#endif
-
-const char *tsqp_shm_directory(void) {
-    const char *directory = getenv("TSQP_SHM_DIR");
-    return directory && *directory ? directory : DEFAULT_DIRECTORY;
-}
 
 /* ---- geometry ---- */
 
@@ -51,109 +40,7 @@ uint64_t tsqp_segment_bytes(const struct tsqp_geometry *g) {
     return tsqp_slots_offset(g, (unsigned)g->ring_count);
 }
 
-/* ---- names ---- */
-
-static bool name_is_valid(const char *name) {
-    size_t length = strlen(name);
-    if (length < 4 || length >= TSQP_NAME_BYTES || strncmp(name, "tsqp", 4) != 0)
-        return false;
-    return strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.") == length;
-}
-
-static int path_of(const char *name, char path[PATH_BYTES]) {
-    if (!name_is_valid(name))
-        return TSQP_BAD_NAME;
-    int n = snprintf(path, PATH_BYTES, "%s/%s", tsqp_shm_directory(), name);
-    return n > 0 && n < PATH_BYTES ? TSQP_OK : TSQP_BAD_NAME;
-}
-
-static int random_bytes(void *out, size_t nbytes) {
-    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return TSQP_ERRNO;
-    ssize_t n = read(fd, out, nbytes);
-    close(fd);
-    return n == (ssize_t)nbytes ? TSQP_OK : TSQP_ERRNO;
-}
-
-/* ---- locks: the kernel's word on who lives ---- */
-
-#ifdef F_OFD_SETLK
-static bool lock_end(int fd, unsigned end) {
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = end, .l_len = 1};
-    return fcntl(fd, F_OFD_SETLK, &lock) == 0;
-}
-
-/* 1 held by somebody else, 0 free, -1 no locks here */
-static int end_locked(int fd, unsigned end) {
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = end, .l_len = 1};
-    if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
-        return -1;
-    return lock.l_type == F_UNLCK ? 0 : 1;
-}
-#else
-static bool lock_end(int fd, unsigned end) {
-    (void)fd, (void)end;
-    return false;
-}
-static int end_locked(int fd, unsigned end) {
-    (void)fd, (void)end;
-    return -1;
-}
-#endif
-
-/* A descriptor that holds the lock of `end`, or -1. It is not the one that was mapped: a mapping keeps the
- * open file description it was made from, and with it that description's locks, alive in every forked child;
- * this one's are gone with the last copy of the descriptor, and a forked child closes its copy. */
-static int open_locked(const char *path, int mapped_fd, unsigned end) {
-    struct stat mapped, opened;
-    if (end_locked(mapped_fd, end) != 0)
-        return -1;
-    int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0)
-        return -1;
-    bool same = fstat(mapped_fd, &mapped) == 0 && fstat(fd, &opened) == 0 && mapped.st_dev == opened.st_dev &&
-                mapped.st_ino == opened.st_ino;
-    if (same && lock_end(fd, end))
-        return fd;
-    close(fd);
-    return -1;
-}
-
 /* ---- create ---- */
-
-static int code_of_errno(int error) {
-    switch (error) {
-    case ENOENT:
-        return TSQP_NOT_FOUND;
-    case EEXIST:
-        return TSQP_EXISTS;
-    case EACCES:
-    case EPERM:
-        return TSQP_PERMISSION;
-    case ENOSPC:
-    case EDQUOT:
-        return TSQP_FULL;
-    default:
-        return TSQP_ERRNO;
-    }
-}
-
-static int reserve(int fd, uint64_t nbytes) {
-#ifdef __linux__
-    int error;
-    do
-        error = posix_fallocate(fd, 0, (off_t)nbytes);
-    while (error == EINTR);
-    if (error == 0)
-        return TSQP_OK;
-    if (error != EINVAL && error != ENODEV && error != EOPNOTSUPP) {
-        errno = error;
-        return code_of_errno(error);
-    }
-#endif
-    return ftruncate(fd, (off_t)nbytes) == 0 ? TSQP_OK : code_of_errno(errno);
-}
 
 static struct tsqp_segment *segment_new(const struct tsqp_geometry *geometry, unsigned end,
                                         const char *name) {
@@ -202,34 +89,106 @@ static void initialise(struct tsqp_segment *segment) {
     tsqp_store_release(&header->tag, TSQP_SEGMENT_TAG);
 }
 
-static int create_named(const struct tsqp_geometry *geometry, const char *name, struct tsqp_segment **out) {
-    char path[PATH_BYTES];
-    int rc = path_of(name, path);
-    if (rc)
-        return rc;
-    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        return errno == ENOENT ? TSQP_ERRNO : code_of_errno(errno);
-    int lock_fd = open_locked(path, fd, 0);
-    struct tsqp_segment *segment = segment_new(geometry, 0, name);
-    rc = segment ? reserve(fd, segment->length) : TSQP_NO_MEMORY;
+/* Reserves, maps and initialises the segment in the empty file `fd`. */
+static int fill(struct tsqp_segment *segment, int fd) {
+    int rc = tsqp_file_reserve(fd, segment->length);
     if (rc == TSQP_OK)
-        rc = random_bytes(segment->session, sizeof segment->session);
+        rc = tsqp_random_bytes(segment->session, sizeof segment->session);
     if (rc == TSQP_OK)
         rc = map_segment(segment, fd);
+    if (rc == TSQP_OK)
+        initialise(segment);
+    return rc;
+}
+
+#define NO_NAMELESS_FILES 1
+
+/* A file without a name until it is a whole segment: a creator that is killed before leaves nothing behind,
+ * and nobody ever opens half a segment. */
+static int create_nameless(struct tsqp_segment *segment, const char *path) {
+#ifdef O_TMPFILE
+    int fd = open(tsqp_shm_directory(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return errno == EMFILE || errno == ENFILE ? TSQP_ERRNO : NO_NAMELESS_FILES;
+    int rc = fill(segment, fd);
+    if (rc == TSQP_OK) {
+        char self[32];
+        snprintf(self, sizeof self, "/proc/self/fd/%d", fd);
+        if (linkat(AT_FDCWD, self, AT_FDCWD, path, AT_SYMLINK_FOLLOW) != 0) {
+            rc = errno == EEXIST ? TSQP_EXISTS : NO_NAMELESS_FILES;
+            munmap(segment->base, segment->length);
+        }
+    }
+    int error = errno;
+    close(fd);
+    errno = error;
+    return rc;
+#else
+    (void)segment, (void)path;
+    return NO_NAMELESS_FILES;
+#endif
+}
+
+/* Where files can't be nameless: the tag, stored last, tells when the segment is whole. */
+static int create_in_place(struct tsqp_segment *segment, const char *path) {
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (fd < 0)
+        return errno == ENOENT ? TSQP_ERRNO : tsqp_code_of_errno(errno);
+    int rc = fill(segment, fd);
+    int error = errno;
+    if (rc != TSQP_OK)
+        unlink(path);
+    close(fd);
+    errno = error;
+    return rc;
+}
+
+/* Takes this end's lock, and maps the file anew: a mapping made before the file had its name would be shown
+ * without one (in /proc/PID/maps, by lsof). */
+static int adopt_name(struct tsqp_segment *segment, const char *path) {
+    void *nameless = segment->base;
+    int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    int lock_fd = -1;
+    int rc = fd < 0 ? tsqp_code_of_errno(errno) : tsqp_file_open_locked(path, fd, 0, &lock_fd);
+    if (rc == TSQP_OK)
+        rc = map_segment(segment, fd);
+    if (rc == TSQP_OK)
+        keep_lock(segment, lock_fd);
+    int error = errno;
+    munmap(nameless, segment->length);
     if (rc != TSQP_OK) {
-        int error = errno;
         unlink(path);
         if (lock_fd >= 0)
             close(lock_fd);
+    }
+    if (fd >= 0)
         close(fd);
+    errno = error;
+    return rc;
+}
+
+static int create_named(const struct tsqp_geometry *geometry, const char *name, struct tsqp_segment **out) {
+    char path[TSQP_PATH_BYTES];
+    struct stat st;
+    int rc = tsqp_file_path(name, path);
+    if (rc)
+        return rc;
+    if (lstat(path, &st) == 0)
+        return TSQP_EXISTS; /* before anything is reserved */
+    struct tsqp_segment *segment = segment_new(geometry, 0, name);
+    if (!segment)
+        return TSQP_NO_MEMORY;
+    rc = create_nameless(segment, path);
+    if (rc == NO_NAMELESS_FILES)
+        rc = create_in_place(segment, path);
+    if (rc == TSQP_OK)
+        rc = adopt_name(segment, path);
+    if (rc != TSQP_OK) {
+        int error = errno;
         free(segment);
         errno = error;
         return rc;
     }
-    close(fd);
-    keep_lock(segment, lock_fd);
-    initialise(segment);
     *out = segment;
     return TSQP_OK;
 }
@@ -242,7 +201,7 @@ int tsqp_segment_create(const struct tsqp_geometry *geometry, const char *name, 
     for (;;) {
         uint64_t id[2];
         char random_name[TSQP_NAME_BYTES];
-        int rc = random_bytes(id, sizeof id);
+        int rc = tsqp_random_bytes(id, sizeof id);
         if (rc)
             return rc;
         snprintf(random_name, sizeof random_name, "tsqp-%016llx%016llx", (unsigned long long)id[0],
@@ -285,13 +244,16 @@ static int attach_fd(struct tsqp_segment *segment, const char *path, int fd, con
     if (rc)
         return rc;
     rc = check_header(segment, session);
-    int lock_fd = rc == TSQP_OK ? open_locked(path, fd, 1) : -1;
-    if (rc == TSQP_OK && lock_fd < 0 && end_locked(fd, 1) == 1)
-        rc = TSQP_ATTACHED;
-    if (rc != TSQP_OK)
+    int lock_fd = -1;
+    if (rc == TSQP_OK)
+        rc = tsqp_file_open_locked(path, fd, 1, &lock_fd);
+    if (rc != TSQP_OK) {
+        int error = errno;
         munmap(segment->base, segment->length);
-    else
+        errno = error;
+    } else {
         keep_lock(segment, lock_fd);
+    }
     return rc;
 }
 
@@ -299,13 +261,13 @@ int tsqp_segment_attach(const struct tsqp_geometry *geometry, const char *name, 
                         struct tsqp_segment **out) {
     if (tsqp_segment_bytes(geometry) == 0)
         return TSQP_BAD_GEOMETRY;
-    char path[PATH_BYTES];
-    int rc = path_of(name, path);
+    char path[TSQP_PATH_BYTES];
+    int rc = tsqp_file_path(name, path);
     if (rc)
         return rc;
     int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
-        return code_of_errno(errno);
+        return tsqp_code_of_errno(errno);
     struct tsqp_segment *segment = segment_new(geometry, 1, name);
     rc = segment ? attach_fd(segment, path, fd, session) : TSQP_NO_MEMORY;
     int error = errno;
@@ -338,12 +300,12 @@ void tsqp_segment_release(struct tsqp_segment *segment) {
 }
 
 int tsqp_segment_unlink(struct tsqp_segment *segment) {
-    char path[PATH_BYTES];
+    char path[TSQP_PATH_BYTES];
     /* A forked child holds a copy of this struct: the file is not its to remove. */
     if (segment->unlinked || segment->creator_pid != getpid())
         return TSQP_OK;
     segment->unlinked = true;
-    if (path_of(segment->name, path) != TSQP_OK || (unlink(path) != 0 && errno != ENOENT))
+    if (tsqp_file_path(segment->name, path) != TSQP_OK || (unlink(path) != 0 && errno != ENOENT))
         return TSQP_ERRNO;
     return TSQP_OK;
 }
@@ -389,51 +351,5 @@ int tsqp_segment_peer_locked(struct tsqp_segment *segment) {
     unsigned peer = 1 - segment->end;
     if (segment->fd < 0 || tsqp_load_acquire(&tsqp_header(segment)->ends[peer].attached) != 2)
         return -1;
-    return end_locked(segment->fd, peer);
-}
-
-/* ---- owners, for the reaper ---- */
-
-int tsqp_process_start(uint64_t pid, uint64_t *start) {
-    char path[64], text[1024];
-    snprintf(path, sizeof path, "/proc/%llu/stat", (unsigned long long)pid);
-    FILE *file = fopen(path, "re");
-    if (!file)
-        return TSQP_NOT_FOUND;
-    size_t n = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
-    text[n] = 0;
-    /* The command name may hold spaces and brackets; the fields start after its last bracket. */
-    char *field = strrchr(text, ')');
-    for (int i = 2; field && i < 22; i++)
-        field = strchr(field + 1, ' ');
-    if (!field)
-        return TSQP_NOT_FOUND;
-    *start = strtoull(field, NULL, 10);
-    return TSQP_OK;
-}
-
-uint64_t tsqp_pid_namespace(void) {
-    struct stat st;
-    return stat("/proc/self/ns/pid", &st) == 0 ? (uint64_t)st.st_ino : 0;
-}
-
-int tsqp_segment_owner(const char *name, struct tsqp_owner *out) {
-    char path[PATH_BYTES];
-    struct tsqp_segment_header header;
-    struct stat st;
-    int rc = path_of(name, path);
-    if (rc)
-        return rc;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-    if (fd < 0)
-        return code_of_errno(errno);
-    ssize_t n = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? pread(fd, &header, sizeof header, 0) : -1;
-    bool locked = end_locked(fd, 0) == 1;
-    close(fd);
-    if (n != (ssize_t)sizeof header || header.tag != TSQP_SEGMENT_TAG)
-        return TSQP_BAD_MAGIC;
-    *out = (struct tsqp_owner){header.owner_pid, header.owner_start, header.owner_pidns, (uint64_t)st.st_size,
-                               locked};
-    return TSQP_OK;
+    return tsqp_file_end_locked(segment->fd, peer);
 }

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from random import Random
@@ -75,6 +76,16 @@ class Peer:
         """Waits for its end and returns the exit code."""
         self.process.join(PATIENCE_S)
         return self.process.exitcode
+
+    def check_last_words(self) -> None:
+        """Raises what went wrong in a peer that was killed before anybody heard it."""
+        try:
+            while self._wire.poll():
+                value = self._wire.recv()
+                if isinstance(value, BaseException):
+                    raise value
+        except (EOFError, ConnectionResetError):
+            return
 
     def end(self) -> None:
         """Kills it if it still runs, and gives everything back."""
@@ -234,6 +245,37 @@ def fork_uses_ring(wire: Connection, handle: Any) -> None:
         ring.close()
 
 
+class Attacher:
+    """Attaches to a ring at a given moment, and lets go again."""
+
+    def __init__(self) -> None:
+        self._ring: Any = None
+
+    def attach(self, handle: Any, when: float) -> str:
+        from tsqp import ShmRingBuffer
+
+        while time.monotonic() < when:
+            pass
+        try:
+            self._ring = ShmRingBuffer(*handle)
+        except Exception as error:  # noqa: BLE001 (its name is the answer)
+            return type(error).__name__
+        return "attached"
+
+    def write(self, data: bytes) -> None:
+        with self._ring.acquire_write(PATIENCE_S, len(data)) as view:
+            view[:] = data
+
+    def detach(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+        self._ring = None
+
+
+def attacher(wire: Connection) -> None:
+    obey(wire, Attacher)
+
+
 def become_nobody_and_attach(wire: Connection, handle: Any) -> None:
     os.setuid(65534)
     RingEnd(handle)
@@ -252,6 +294,15 @@ def hold_segment(wire: Connection, name: str | None = None) -> None:
     end = RingEnd(None, name=name, create=True)
     wire.send(end.ring.name)
     signal.pause()
+
+
+def create_segments_for_ever(wire: Connection) -> None:
+    """Each is large enough for its creation to take a while."""
+    from tsqp import ShmRingBuffer
+
+    wire.send("ready")
+    while True:
+        ShmRingBuffer(1 << 20, 4).close()
 
 
 class ChannelEnd:

@@ -8,6 +8,7 @@ import socket
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,6 +257,42 @@ def test_a_second_attach_is_refused_while_the_first_lives(ring, start_peer):
         ShmRingBuffer(*ring.handle())
     peer.ask("write", b"undisturbed")
     assert get(ring) == b"undisturbed"
+
+
+def test_of_attachers_that_race_exactly_one_wins(start_peer):
+    """The winner's end has its lock, so that its death is noticed; the others are told."""
+    racers = [start_peer(peers.attacher) for _ in range(3)]
+    assert [racer.hear() for racer in racers] == ["made"] * 3
+    for number in range(30):
+        with ShmRingBuffer(CHUNK, COUNT) as ring:
+            when = time.monotonic() + 0.005
+            for racer in racers:
+                racer.say(("attach", ring.handle(), when))
+            outcomes = [racer.hear() for racer in racers]
+            assert sorted(outcomes) == ["RingUsageError", "RingUsageError", "attached"]
+            racers[outcomes.index("attached")].ask("write", bytes([number]))
+            assert get(ring) == bytes([number])
+            for racer in racers:
+                racer.ask("detach")
+
+
+def test_an_attacher_that_is_killed_leaves_the_end_free(ring, start_peer):
+    peer = start_ring_end(start_peer, ring.handle())
+    peer.kill()
+    attach_and_use(ring)
+
+
+def test_a_segment_has_no_name_before_it_is_whole(start_peer, shm_directory):
+    """Killed while it creates segments, a process leaves nothing, or what the next start recognises and reaps."""
+    for number in range(30):
+        peer = start_peer(peers.create_segments_for_ever)
+        peer.hear()
+        time.sleep(number / 2000)
+        peer.kill()
+        found = segments.leftovers()
+        assert [left.name for left in found] == [entry.name for entry in shm_directory.iterdir()]
+        segments.reap(found)
+        assert not any(shm_directory.iterdir())
 
 
 def test_things_that_are_no_segment_files_are_refused(ring, shm_directory):
