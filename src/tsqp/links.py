@@ -115,7 +115,8 @@ class ClientLink:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._connected = False
         self._reason: str | None = None
         self._said_bye = False
         self._inbox: deque[LargeMessage] = deque()
@@ -134,14 +135,18 @@ class ClientLink:
             self._socket.send_multipart([hs.envelope(kind), body])
 
     def hear(self, deadline: float) -> tuple[int, bytes] | None:
-        """The next handshake message, or None at `deadline`."""
+        """The next handshake message, or None at `deadline`. Raises PeerDiedError once the server that took our
+        hello is gone: one that comes after it knows nothing of us."""
         while True:
+            reason = self.dead()  # before the look for what it said: that counts even so
             if self._socket.poll(int(slice_until(deadline) * 1000)):
                 parts = self._socket.recv_multipart()
                 kind, _ = hs.open_envelope(parts[0])
                 if len(parts) != 2:
                     raise ProtocolError("a handshake message has two frames; the peer speaks something else")
                 return kind, parts[1]
+            if reason:
+                raise PeerDiedError(f"the server died during the handshake: {reason}; connect again")
             if time.monotonic() >= deadline:
                 return None
 
@@ -242,8 +247,10 @@ class ClientLink:
         check_process(self._pid)
         with self._lock:
             while self._reason is None and not self._closed and _has_message(self._monitor):
-                recv_monitor_message(self._monitor)
-                self._reason = "its end of the control connection was closed"
+                if recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._connected = True
+                elif self._connected:  # else nobody spoke yet: libzmq tries again, and our hello still waits
+                    self._reason = "its end of the control connection was closed"
             return self._reason
 
     def can_send(self) -> bool:
@@ -260,7 +267,7 @@ class ClientLink:
         with self._lock:
             if self._closed:
                 return
-            gone = self.dead()
+            nobody = self.dead() or not self._connected  # to hear a goodbye
             self._closed = True
             self._wake()
             # Not for ever: a signal handler may close the channel in whose wait it runs.
@@ -269,7 +276,7 @@ class ClientLink:
                 self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
             self._socket.disable_monitor()
             self._monitor.close(0)
-            self._socket.close(0 if gone else _FAREWELL_MS)
+            self._socket.close(0 if nobody else _FAREWELL_MS)
             os.close(self._wake_r)
             os.close(self._wake_w)
         self._context.term()
