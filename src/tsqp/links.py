@@ -297,6 +297,7 @@ class ServerLink:
         self._inbox_bytes = 0
         self._arrived = threading.Condition()
         self._unsent: deque[tuple[zmq.MessageTracker, int]] = deque()
+        self._counting = threading.Lock()  # one thread may ask for room while another sends
         self._posted = self._posted_and_sent = 0  # bytes; each counted by one thread
         self._closed = False
 
@@ -331,14 +332,24 @@ class ServerLink:
     # -- called by the channel --
 
     def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
-        self._check_peer()
+        self._await_room(deadline)
         parts = multipart([self.identity, hs.envelope(hs.MESSAGE, sequence)], head, frames)
         tracker = trackers(parts)
-        self._unsent.append((tracker, sum(len(frame) for frame in frames)))
+        with self._counting:
+            self._unsent.append((tracker, sum(len(frame) for frame in frames)))
         self._posted += sum(len(part) for part in parts)
         self._post(self, parts)  # emptied there once sent
         if not transfer:
             wait_sent(tracker, deadline, self.dead)
+
+    def _await_room(self, deadline: float) -> None:
+        """A client that takes nothing must not make the listener's queue grow without end."""
+        self._check_peer()
+        while not self.can_send():
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError("the client takes no more large messages; wait longer or look at the client")
+            time.sleep(0.001)
+            self._check_peer()
 
     def recv(self, deadline: float) -> LargeMessage | None:
         with self._arrived:
@@ -374,9 +385,10 @@ class ServerLink:
 
     def can_send(self) -> bool:
         """False while the client leaves too much unread: reading its next request would only grow the queue."""
-        while self._unsent and self._unsent[0][0].done:
-            self._unsent.popleft()
-        borrowed = sum(nbytes for _, nbytes in self._unsent)
+        with self._counting:
+            while self._unsent and self._unsent[0][0].done:
+                self._unsent.popleft()
+            borrowed = sum(nbytes for _, nbytes in self._unsent)
         return max(borrowed, self._posted - self._posted_and_sent) <= self._max_inbox_bytes
 
     def close(self) -> None:
