@@ -337,6 +337,18 @@ class ChannelEnd:
             check_numbered(self.channel.recv(PATIENCE_S), number, nbytes)
         return len(sizes)
 
+    def check_until_asked(self, nbytes: int, first: int) -> int:
+        """Checks numbered messages until one without a tensor comes; returns its number."""
+        from wire_bytes import check_numbered
+
+        while True:
+            message = self.channel.recv(PATIENCE_S)
+            if not message.tensors:
+                assert message.request_id == first
+                return first
+            check_numbered(message, first, nbytes)
+            first += 1
+
     def recv(self, timeout: float | None = PATIENCE_S) -> int:
         return self.channel.recv(timeout).request_id
 
