@@ -99,7 +99,7 @@ def test_a_client_is_killed(phase, endpoint, start_peer, shm_directory, random):
                 told.append(assert_told(survivor, kills.kill(victim, random.uniform(0, 0.03))))
             assert_served()
             assert not any(shm_directory.iterdir())
-        assert len(listener._clients) == 1  # the bystander
+        assert len(listener._hub.clients) == 1  # the bystander
     assert not any(directory_of(endpoint).iterdir())
     assert_mostly_in_time(told)
 
@@ -134,7 +134,7 @@ def test_a_client_is_killed_while_it_connects(shm, endpoint, start_peer, shm_dir
                 victim = start_peer(kills.connecting_client, endpoint, {"shm": shm})
                 assert victim.hear() == "ready"
                 kills.kill(victim, random.uniform(0, 0.04))
-                until(lambda: len(listener._clients) == 1, "the server forgets the dead client")
+                until(lambda: len(listener._hub.clients) == 1, "the server forgets the dead client")
                 until(lambda: not any(shm_directory.iterdir()), "the segment of the dead client goes")
                 kills.ask(other, number, large=number % 2 == 0)
         echo.stop()

@@ -23,8 +23,7 @@ from wire_bytes import check_numbered, numbered
 
 import tsqp
 from tsqp import handshake as hs
-from tsqp import listener as listener_module
-from tsqp import segments
+from tsqp import hub, segments
 from tsqp.config import parse_endpoint
 from tsqp.errors import (
     ClosedError,
@@ -374,7 +373,7 @@ def test_a_client_that_floods_is_cut_off(carrier, endpoint):
 
 
 def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypatch, shm_directory):
-    monkeypatch.setattr(listener_module, "HANDSHAKE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(hub, "HANDSHAKE_TIMEOUT_S", 0.3)
     with (
         tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
         raw_dealer(listener.endpoint) as dealer,

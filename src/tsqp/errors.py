@@ -151,6 +151,10 @@ class EndpointBusyError(_SystemError):
     """Another live process already listens on the endpoint."""
 
 
+class DescriptorsExhaustedError(_SystemError):
+    """This process has too few file descriptors left for what it was asked to do."""
+
+
 class ConnectError(TsqpError, ConnectionError):
     """No server answered at the endpoint, or it refused the connection."""
 

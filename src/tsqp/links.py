@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import zmq
+from zmq.utils import garbage
 from zmq.utils.monitor import recv_monitor_message
 
+from . import descriptors
 from . import handshake as hs
 from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
 
@@ -83,6 +85,9 @@ def wait_sent(tracker: zmq.MessageTracker, deadline: float, dead: Callable[[], s
 
 def multipart(prefix: Sequence[bytes], head: bytes, frames: Sequence[Any]) -> list[Any]:
     """The frames of a message; small ones are copied, large ones borrow their memory."""
+    if any(len(f) >= _COPY_BYTES for f in frames) and not garbage.gc.is_alive():
+        # The first borrowed frame of a process makes pyzmq open a context of its own.
+        descriptors.require(descriptors.BORROWING, "send a large message")
     large = [zmq.Frame(f, copy=False, track=True) if len(f) >= _COPY_BYTES else bytes(f) for f in frames]
     return [*prefix, head, *large]
 
@@ -109,6 +114,7 @@ class ClientLink:
     """
 
     def __init__(self, endpoint: str) -> None:
+        descriptors.require(descriptors.CONNECTING, f"connect to {endpoint}")
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._context = zmq.Context(io_threads=1)

@@ -1,0 +1,80 @@
+"""Binding an endpoint: never over a live server, always over what a killed one left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+import zmq
+
+from . import handshake as hs
+from .config import Endpoint, parse_endpoint
+from .errors import EndpointBusyError, EndpointError
+
+
+def _refuse_busy(endpoint: Endpoint) -> None:
+    """libzmq silently takes over an ipc path in use, so look first; a socket nobody serves is removed."""
+    try:
+        if not stat.S_ISSOCK(os.stat(endpoint.path).st_mode):
+            raise EndpointError(f"{endpoint.path} exists and is no socket; choose another path or remove it")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(endpoint.path)
+        except ConnectionRefusedError:
+            os.unlink(endpoint.path)
+            return
+        except OSError as error:
+            raise EndpointBusyError(error.errno, f"{endpoint.text} can't be probed: {error.strerror}") from None
+    raise _busy(endpoint)
+
+
+def _busy(endpoint: Endpoint) -> EndpointBusyError:
+    text = f"another process listens on {endpoint.text}; stop it or choose another endpoint"
+    return EndpointBusyError(errno.EADDRINUSE, text)
+
+
+def _bind_error(endpoint: Endpoint, error: OSError | zmq.ZMQError) -> EndpointError | EndpointBusyError:
+    if error.errno == errno.EADDRINUSE:
+        return _busy(endpoint)
+    return EndpointError(f"can't listen on {endpoint.text}: {error.strerror}; choose another endpoint")
+
+
+def check_endpoint(text: str) -> None:
+    """Raises :class:`EndpointError` or :class:`EndpointBusyError` where :func:`listen` would: before a long start-up,
+    not after it. Binds nothing."""
+    endpoint = parse_endpoint(text)
+    if endpoint.scheme == "ipc":
+        _refuse_busy(endpoint)
+    elif endpoint.port:
+        family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((endpoint.host.strip("[]"), endpoint.port))
+            except OSError as error:
+                raise _bind_error(endpoint, error) from None
+
+
+def bind(router: zmq.Socket, endpoint: Endpoint) -> str:
+    """Binds and returns the endpoint with the port that was chosen."""
+    if endpoint.scheme == "ipc":
+        if hs.in_gramine():
+            raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
+        directory = os.path.dirname(endpoint.path)
+        if not os.path.isdir(directory):
+            raise EndpointError(f"the directory {directory} of {endpoint.text} does not exist; create it (mode 0700)")
+        _refuse_busy(endpoint)
+    text = endpoint.text if endpoint.port or endpoint.scheme == "ipc" else f"tcp://{endpoint.host}:*"
+    try:
+        router.bind(text)
+    except zmq.ZMQError as error:
+        raise _bind_error(endpoint, error) from None
+    if endpoint.scheme == "ipc":
+        os.chmod(endpoint.path, 0o600)
+        return endpoint.text
+    return router.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
