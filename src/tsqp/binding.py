@@ -1,4 +1,4 @@
-"""Binding an endpoint: never over a live server, always over what a killed one left."""
+"""An endpoint's socket: bound never over a live server, always over what a killed one left; used if one may."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zmq
 
 from . import handshake as hs
 from .config import Endpoint, parse_endpoint
-from .errors import EndpointBusyError, EndpointError
+from .errors import ConnectError, EndpointBusyError, EndpointError
 
 
 def _refuse_busy(endpoint: Endpoint) -> None:
@@ -41,7 +41,7 @@ def _busy(endpoint: Endpoint) -> EndpointBusyError:
 def _bind_error(endpoint: Endpoint, error: OSError | zmq.ZMQError) -> EndpointError | EndpointBusyError:
     if error.errno == errno.EADDRINUSE:
         return _busy(endpoint)
-    return EndpointError(f"can't listen on {endpoint.text}: {error.strerror}; choose another endpoint")
+    return EndpointError(f"can't listen on {endpoint.text}: {os.strerror(error.errno or 0)}; choose another endpoint")
 
 
 def check_endpoint(text: str) -> None:
@@ -78,3 +78,19 @@ def bind(router: zmq.Socket, endpoint: Endpoint) -> str:
         os.chmod(endpoint.path, 0o600)
         return endpoint.text
     return router.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def check_permission(endpoint: str) -> None:
+    """Raises ConnectError where a socket is there and may not be used: libzmq would try again, in silence, for ever."""
+    scheme, _, path = endpoint.partition("://")
+    if scheme != "ipc":
+        return
+    try:
+        os.stat(path)
+        allowed = os.access(path, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    except PermissionError:
+        allowed = False
+    except OSError:
+        return  # no server yet; it may start later
+    if not allowed:
+        raise ConnectError(f"the socket of {endpoint} may not be used by this user; run both ends as one user")

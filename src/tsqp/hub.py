@@ -30,7 +30,7 @@ from .transport import Channel, make_channel
 HANDSHAKE_TIMEOUT_S = 5.0
 _RETRY_MS = 10
 #: How often file descriptors are looked after.
-_LOOK_MS = 200
+_LOOK_MS = 100
 _FAREWELL_S = 0.5
 #: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
 _RECEIVED_MAX = 2000

@@ -21,6 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from . import descriptors
 from . import handshake as hs
+from .binding import check_permission
 from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
 
 #: Waits are cut into slices of this many seconds; signals and the peer are looked at between them.
@@ -114,6 +115,7 @@ class ClientLink:
     """
 
     def __init__(self, endpoint: str) -> None:
+        check_permission(endpoint)
         descriptors.require(descriptors.CONNECTING, f"connect to {endpoint}")
         self._lock = threading.RLock()
         self._pid = os.getpid()

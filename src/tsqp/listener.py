@@ -59,6 +59,7 @@ class Listener:
         segments.reap(segments.leftovers())
         if options.shm:
             # Fails here, with the fix, rather than at the first client.
+            segments.check_directory()
             Segment.create(max_chunk_bytes, max_chunks, 2, options.shm_name)
         self._hub = Hub(parsed, options, self._bell)
         self.endpoint = self._hub.endpoint

@@ -8,11 +8,13 @@ segment is ever touched.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import _ring
+from .errors import SegmentError, SegmentPermissionError
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,19 @@ class Leftover:
     nbytes: int
     pid: int
     started: int
+
+
+def check_directory() -> None:
+    """Raises :class:`SegmentError` where no segment can be made in the shared-memory directory."""
+    directory = _ring.shm_directory()
+    place = f"{directory}, where shared memory is made,"
+    fix = "or set TSQP_SHM_DIR, or do without (shm=False)"
+    if not os.path.isdir(directory):
+        wrong = "is no directory" if os.path.exists(directory) else "does not exist"
+        number = errno.ENOTDIR if os.path.exists(directory) else errno.ENOENT
+        raise SegmentError(number, f"{place} {wrong}; mount a tmpfs there, {fix}")
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise SegmentPermissionError(errno.EACCES, f"{place} is not writable by this user; change its mode, {fix}")
 
 
 def leftovers() -> list[Leftover]:
