@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import peers
-from carriers import Carrier
+from carriers import LARGE, SMALL, Carrier, pass_on
 from peers import PATIENCE_S, Peer
+from wire_bytes import check_numbered, numbered
 
 import tsqp
 from tsqp.listener import Listener
@@ -50,3 +52,23 @@ def ends_over(carrier: Carrier, role: str, ipc: str, start_peer: Callable[..., P
     path = urlsplit(ipc).path
     if os.path.exists(path):
         os.unlink(path)
+
+
+def path_of(endpoint: str) -> Path:
+    return Path(urlsplit(endpoint).path)
+
+
+@contextmanager
+def client_of(listener: Listener, carrier: Carrier) -> Iterator[tuple[Channel, Channel]]:
+    """A connected client and the server's channel to it."""
+    with (
+        tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as client,
+        listener.accept(PATIENCE_S) as server,
+    ):
+        yield client, server
+
+
+def assert_works(client: Channel, server: Channel) -> None:
+    for number, nbytes in enumerate([SMALL, LARGE]):
+        message = pass_on(client, server, [numbered(number, nbytes)], request_id=number)
+        check_numbered(message, number, nbytes)

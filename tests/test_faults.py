@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import peers
+import mutations
 import pytest
 from peers import PATIENCE_S
 from test_ring import CHUNK, COUNT, get, put, ring_pair
@@ -320,7 +320,7 @@ def test_a_note_that_claims_tensors_reads_nothing_outside_its_slot(target, way, 
 @pytest.mark.watchdog(120)
 def test_random_mutations_are_never_worse_than_an_error(start_peer):
     """In a process with a cap on its memory: no crash, no hang, no allocation that a header asks for."""
-    peer = start_peer(peers.mutate_messages, 5000, 11)
+    peer = start_peer(mutations.mutate_messages, 5000, 11)
     outcomes = peer.hear()
     assert peer.join() == 0
     assert outcomes.pop("wrong") == []

@@ -1,39 +1,27 @@
-"""Listening and connecting: many clients, limits, fairness, hostile and broken peers, endpoints, leftovers."""
+"""Listening and connecting: many clients, limits, fairness, options, and how it ends."""
 
 from __future__ import annotations
 
 import os
-import socket
-import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from urllib.parse import urlsplit
+from contextlib import ExitStack
 
-import msgpack
 import peers
 import pytest
-import zmq
-from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL, Background, Carrier, pass_on, recv_numbered, send_numbered
+from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL, Background, Carrier, recv_numbered, send_numbered
+from ends import assert_works, client_of, path_of
 from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
 import tsqp
-from tsqp import handshake as hs
-from tsqp import hub, segments
-from tsqp.config import parse_endpoint
+from tsqp import segments
 from tsqp.errors import (
     ClosedError,
     ConfigError,
     ConnectError,
-    EndpointBusyError,
-    EndpointError,
     PeerDiedError,
-    ProtocolError,
-    SegmentError,
     SegmentGeometryError,
     SharedMemoryFullError,
     WaitTimeoutError,
@@ -53,26 +41,6 @@ def carrier(request: pytest.FixtureRequest) -> Carrier:
 def listener(carrier: Carrier, endpoint: str) -> Iterator[Listener]:
     with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as made:
         yield made
-
-
-def path_of(endpoint: str) -> Path:
-    return Path(urlsplit(endpoint).path)
-
-
-@contextmanager
-def client_of(listener: Listener, carrier: Carrier) -> Iterator[tuple[Channel, Channel]]:
-    """A connected client and the server's channel to it."""
-    with (
-        tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as client,
-        listener.accept(PATIENCE_S) as server,
-    ):
-        yield client, server
-
-
-def assert_works(client: Channel, server: Channel) -> None:
-    for number, nbytes in enumerate([SMALL, LARGE]):
-        message = pass_on(client, server, [numbered(number, nbytes)], request_id=number)
-        check_numbered(message, number, nbytes)
 
 
 # --- many clients ---------------------------------------------------------------------------------------------
@@ -220,373 +188,6 @@ def test_a_client_that_comes_and_goes_leaves_nothing(listener, carrier, shm_dire
     assert len(os.listdir("/proc/self/fd")) <= before + 5
 
 
-# --- peers that are broken or hostile -------------------------------------------------------------------------
-
-
-def raw_socket(listener: Listener) -> socket.socket:
-    parsed = parse_endpoint(listener.endpoint)
-    family = socket.AF_UNIX if parsed.scheme == "ipc" else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.connect(parsed.path if parsed.scheme == "ipc" else (parsed.host, parsed.port))
-    return sock
-
-
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\xff" * 10_000,
-        bytes(10_000),
-        # A ZMTP 3.0 greeting, then a frame that claims 2^62 bytes.
-        b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16 + 32) + b"\x02" + struct.pack(">Q", 1 << 62) + b"x" * 100,
-        b"",
-    ],
-    ids=["http", "ones", "zeros", "huge frame", "nothing"],
-)
-def test_garbage_on_the_socket_disturbs_nobody(listener, carrier, garbage):
-    with client_of(listener, carrier) as both:
-        for _ in range(5):
-            with raw_socket(listener) as sock:
-                sock.sendall(garbage)
-                assert_works(*both)
-        with client_of(listener, carrier) as late:
-            assert_works(*late)
-
-
-@contextmanager
-def raw_dealer(endpoint: str) -> Iterator[zmq.Socket]:
-    """A peer that speaks ZeroMQ, and then what it likes."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-        sock.linger = 0
-        sock.connect(endpoint)
-        yield sock
-
-
-def hello(**changes: object) -> bytes:
-    return msgpack.packb({"protocol": hs.PROTOCOL, "shm": False, "futex": False, **changes})
-
-
-HELLO, READY = hs.envelope(hs.HELLO), hs.envelope(hs.READY)
-BAD_HANDSHAKES = {
-    "one empty frame": [[b""]],
-    "no body": [[HELLO]],
-    "too many frames": [[HELLO, hello(), b"x"]],
-    "unknown kind": [[hs.envelope(99), hello()]],
-    "envelope of one byte": [[b"H", hello()]],
-    "no msgpack": [[HELLO, b"\xc1"]],
-    "no mapping": [[HELLO, b"\x01"]],
-    "missing fields": [[HELLO, b"\x80"]],
-    "one field more": [[HELLO, hello(more=1)]],
-    "wrong type": [[HELLO, hello(shm=1)]],
-    "protocol as text": [[HELLO, hello(protocol="1")]],
-    "long body": [[HELLO, hello(protocol=1) + bytes(5000)]],
-    "deep body": [[HELLO, b"\x91" * 4000]],
-    "ready first": [[READY, msgpack.packb({"shm": False, "native": True})]],
-    "message first": [[hs.envelope(hs.MESSAGE, 0), bytes(128)]],
-    "goodbye first": [[hs.envelope(hs.BYE)]],
-    "hello twice": [[HELLO, hello()], [HELLO, hello()]],
-    "message before ready": [[HELLO, hello()], [hs.envelope(hs.MESSAGE, 0), bytes(128)]],
-    "ready of a wrong type": [[HELLO, hello()], [READY, msgpack.packb({"shm": "no", "native": True})]],
-}
-
-
-@pytest.mark.parametrize("name", BAD_HANDSHAKES)
-def test_a_broken_handshake_ends_that_connection_only(listener, carrier, name):
-    with client_of(listener, carrier) as both, raw_dealer(listener.endpoint) as dealer:
-        for message in BAD_HANDSHAKES[name]:
-            dealer.send_multipart(message)
-        assert_works(*both)
-        assert listener.accept_nowait() is None
-        with client_of(listener, carrier) as late:
-            assert_works(*late)
-
-
-def test_another_protocol_is_refused_with_the_reason(listener):
-    with raw_dealer(listener.endpoint) as dealer:
-        dealer.send_multipart([HELLO, hello(protocol=hs.PROTOCOL + 1)])
-        kind, body = dealer.recv_multipart()
-    assert hs.open_envelope(kind)[0] == hs.REFUSE
-    assert hs.unpack(hs.Refuse, body).reason == (
-        f"the server speaks protocol {hs.PROTOCOL}, the client {hs.PROTOCOL + 1}: use one version of tsqp"
-    )
-
-
-def shake_hands(dealer: zmq.Socket) -> None:
-    """A handshake without shared memory."""
-    dealer.send_multipart([HELLO, hello()])
-    assert hs.open_envelope(dealer.recv_multipart()[0])[0] == hs.WELCOME
-    dealer.send_multipart([READY, msgpack.packb({"shm": False, "native": True})])
-
-
-@pytest.mark.parametrize(
-    "frames",
-    [
-        [hs.envelope(hs.MESSAGE, 0)],
-        [hs.envelope(hs.HELLO), hello()],
-        [READY, msgpack.packb({"shm": False, "native": True})],
-        [b"junk"],
-    ],
-    ids=["no head", "hello again", "ready again", "junk"],
-)
-def test_a_client_that_breaks_the_protocol_is_cut_off_and_told(listener, carrier, frames):
-    with client_of(listener, carrier) as both, raw_dealer(listener.endpoint) as dealer:
-        shake_hands(dealer)
-        with listener.accept(PATIENCE_S) as cut_off:
-            dealer.send_multipart(frames)
-            with pytest.raises(PeerDiedError, match="it broke the protocol"):
-                cut_off.recv(PATIENCE_S)
-            assert dealer.poll(int(PATIENCE_S * 1000))
-            assert hs.open_envelope(dealer.recv_multipart()[0])[0] == hs.BYE
-        assert_works(*both)
-
-
-def test_rubbish_in_a_large_message_is_an_error_and_the_next_one_arrives(listener):
-    with raw_dealer(listener.endpoint) as dealer:
-        shake_hands(dealer)
-        with listener.accept(PATIENCE_S) as server:
-            for head, frames in ((bytes(128), []), (b"", []), (b"TSQM" + bytes(124), [b"x"] * 70)):
-                dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), head, *frames])
-                with pytest.raises(tsqp.errors.MessageError):
-                    server.recv(PATIENCE_S)
-            codec = tsqp._message.Codec()
-            codec.plan([], b"", 7, 0, 42, 0, 0, 0, 0, 0)
-            dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), codec.head_bytes(b"")])
-            assert server.recv(PATIENCE_S).request_id == 42
-
-
-def test_a_client_that_floods_is_cut_off(carrier, endpoint):
-    options = {**carrier.listen_options, "max_inbox_bytes": 1 << 20}
-    with (
-        tsqp.listen(carrier.endpoint(endpoint), **options) as listener,
-        client_of(listener, carrier) as both,
-        raw_dealer(listener.endpoint) as dealer,
-    ):
-        shake_hands(dealer)
-        with listener.accept(PATIENCE_S) as flooded:
-            for _ in range(3000):  # empty messages have a cost too
-                dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), b""])
-            end = time.monotonic() + PATIENCE_S
-            while not flooded._link.dead():
-                assert time.monotonic() < end
-                time.sleep(0.01)
-        assert_works(*both)
-
-
-def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypatch, shm_directory):
-    monkeypatch.setattr(hub, "HANDSHAKE_TIMEOUT_S", 0.3)
-    with (
-        tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
-        raw_dealer(listener.endpoint) as dealer,
-    ):
-        dealer.send_multipart([HELLO, hello(shm=True)])
-        assert hs.open_envelope(dealer.recv_multipart()[0])[0] == hs.WELCOME
-        assert any(shm_directory.iterdir()) == carrier.shm
-        with pytest.raises(ConnectError, match="limit"):
-            tsqp.connect(listener.endpoint, PATIENCE_S)
-        time.sleep(0.6)
-        with client_of(listener, carrier) as both:  # its place is free again
-            assert_works(*both)
-            dealer.send_multipart([READY, msgpack.packb({"shm": False, "native": True})])  # too late
-            assert dealer.poll(int(PATIENCE_S * 1000))
-            assert hs.open_envelope(dealer.recv_multipart()[0])[0] == hs.BYE
-            assert_works(*both)
-    assert not any(shm_directory.iterdir())
-
-
-def test_close_does_not_wait_for_a_client_that_takes_nothing(carrier, endpoint, start_peer):
-    with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as listener:
-        peer = start_peer(peers.channel_end, "client", listener.endpoint, carrier.connect_options)
-        server = listener.accept(PATIENCE_S)
-        assert peer.hear() == "made"
-        peer.stop()
-        for number in range(COUNT if carrier.shm else 5000):
-            server.send([numbered(number, SMALL)], request_id=number, timeout=PATIENCE_S)
-    assert server.closed
-
-
-# --- a hostile server -----------------------------------------------------------------------------------------
-
-
-WELCOME = {"protocol": hs.PROTOCOL, "shm": True, "futex": False, "name": "tsqp-none", "session": bytes(16)}
-WELCOME |= {"max_chunk_bytes": 4096, "max_chunks": 4}
-BAD_WELCOMES = {
-    "another protocol": ({"protocol": 2}, ProtocolError, "protocol 2"),
-    "a field more": ({"more": 1}, ProtocolError, "other fields"),
-    "wrong type": ({"name": b"x"}, ProtocolError, "Welcome.name is no str"),
-    "a segment of absurd size": ({"max_chunk_bytes": 1 << 40}, ProtocolError, "a segment of 4 x 2 slots"),
-    "a negative size": ({"max_chunk_bytes": -(1 << 40)}, ProtocolError, "a segment of"),
-    "no slots": ({"max_chunks": 0}, ProtocolError, "a segment of"),
-    "a path as name": ({"name": "../../etc/passwd"}, ConfigError, "invalid name"),
-    "a short session": ({"session": b"x"}, ConfigError, "16 bytes"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_WELCOMES)
-def test_a_senseless_welcome_is_an_error(endpoint, name):
-    changes, error, text = BAD_WELCOMES[name]
-    with pytest.raises(error, match=text):
-        connect_to(endpoint, hs.WELCOME, {**WELCOME, **changes})
-
-
-@pytest.mark.parametrize(
-    ("kind", "body"),
-    [(hs.WELCOME, b"\xc1"), (hs.WELCOME, b""), (hs.MESSAGE, {}), (hs.REFUSE, {"reason": 3}), (99, {}), (hs.BYE, {})],
-)
-def test_a_senseless_answer_is_an_error(endpoint, kind, body):
-    with pytest.raises((ProtocolError, ConnectError)):
-        connect_to(endpoint, kind, body)
-
-
-def test_a_refusal_gives_the_servers_reason(endpoint):
-    with pytest.raises(ConnectError, match="refused: because"):
-        connect_to(endpoint, hs.REFUSE, {"reason": "because"})
-
-
-def connect_to(endpoint: str, kind: int, body: object) -> None:
-    """Connects to a server that answers HELLO with this."""
-    packed = body if isinstance(body, bytes) else msgpack.packb(body)
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        router.linger = 0
-        router.bind(endpoint)
-
-        def answer() -> None:
-            identity = router.recv_multipart()[0]
-            router.send_multipart([identity, hs.envelope(kind), packed])
-
-        answering = Background()
-        answering.start(answer)
-        try:
-            tsqp.connect(endpoint, PATIENCE_S).close()
-        finally:
-            answering.join()
-            path_of(endpoint).unlink(missing_ok=True)
-
-
-# --- endpoints ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "text"),
-    [
-        ("", "neither ipc:///path nor tcp://address:port"),
-        ("/tmp/a.sock", "neither ipc"),
-        ("udp://127.0.0.1:5", "neither ipc"),
-        ("inproc://x", "neither ipc"),
-        ("ipc://", "neither ipc"),
-        ("ipc://a.sock", "relative path; give an absolute one"),
-        ("ipc://@abstract", "relative path"),
-        ("ipc:///" + "x" * 107, "has 108 bytes but a socket address holds 107; use a shorter path"),
-        ("ipc:///" + "ä" * 54, "has 109 bytes"),
-        ("tcp://localhost:5555", "names a host; give a numeric address"),
-        ("tcp://*:5555", "names a host"),
-        ("tcp://127.0.0.1", "no port between 0 and 65535"),
-        ("tcp://127.0.0.1:", "no port"),
-        ("tcp://127.0.0.1:65536", "no port"),
-        ("tcp://127.0.0.1:-1", "no port"),
-        ("tcp://127.0.0.1:http", "no port"),
-        ("tcp://:5555", "names a host"),
-    ],
-)
-def test_an_endpoint_that_cannot_work_is_refused_with_the_fix(endpoint, text):
-    for use in (tsqp.listen, tsqp.connect):
-        with pytest.raises(EndpointError, match=text):
-            use(endpoint)
-
-
-def test_the_longest_path_works(endpoint, carrier):
-    directory = path_of(endpoint).parent
-    longest = f"ipc://{directory}/" + "x" * (107 - len(str(directory)) - 1)
-    with tsqp.listen(longest, **CARRIERS["ring"].listen_options) as listener, client_of(listener, carrier) as both:
-        assert_works(*both)
-
-
-def test_a_missing_directory_and_a_path_that_is_no_socket_are_told(tmp_path):
-    with pytest.raises(EndpointError, match=f"the directory {tmp_path}/none of .* does not exist; create it"):
-        tsqp.listen(f"ipc://{tmp_path}/none/s")
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(EndpointError, match="exists and is no socket; choose another path"):
-        tsqp.listen(f"ipc://{tmp_path}/file")
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_a_busy_endpoint_is_refused_and_its_server_undisturbed(listener, carrier):
-    with client_of(listener, carrier) as both:
-        for _ in range(3):
-            with pytest.raises(EndpointBusyError, match=r"another process listens on \S+; stop it or choose another"):
-                tsqp.listen(listener.endpoint, **carrier.listen_options)
-        assert_works(*both)
-        with client_of(listener, carrier) as late:
-            assert_works(*late)
-
-
-def test_the_socket_file_is_private_and_removed(endpoint):
-    path = path_of(endpoint)
-    with tsqp.listen(endpoint, **CARRIERS["ring"].listen_options) as listener:
-        info = path.stat()
-        assert stat.S_ISSOCK(info.st_mode)
-        assert stat.S_IMODE(info.st_mode) == 0o600
-        listener.close()
-        assert not path.exists()
-        listener.close()
-    with tsqp.listen(endpoint, **CARRIERS["ring"].listen_options):  # at once again
-        assert path.exists()
-
-
-def test_a_stale_socket_file_is_taken_over(endpoint, carrier):
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path_of(endpoint)))
-    with tsqp.listen(endpoint, **carrier.listen_options) as listener, client_of(listener, carrier) as both:
-        assert_works(*both)
-
-
-def test_the_socket_of_a_killed_server_is_taken_over(endpoint, carrier, start_peer):
-    peer = start_peer(peers.channel_end, "server", endpoint, CARRIERS["ring"].listen_options)
-    assert peer.hear() == "made"
-    peer.kill()
-    assert path_of(endpoint).exists()
-    with pytest.raises(ConnectError):
-        tsqp.connect(endpoint, 0.2)
-    with tsqp.listen(endpoint, **carrier.listen_options) as listener, client_of(listener, carrier) as both:
-        assert_works(*both)
-
-
-def test_port_0_is_any_free_port():
-    with tsqp.listen("tcp://127.0.0.1:0", shm=False) as one, tsqp.listen("tcp://127.0.0.1:0", shm=False) as other:
-        assert one.endpoint != other.endpoint
-        assert parse_endpoint(one.endpoint).port > 0
-
-
-@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
-def test_no_server_is_an_error_with_what_to_do(endpoint, scheme):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        nobody = endpoint if scheme == "ipc" else f"tcp://127.0.0.1:{sock.getsockname()[1]}"
-        for timeout in (0, 0.3):
-            with pytest.raises(
-                ConnectError, match=f"no tsqp server answered at {nobody} within {timeout} s; start one"
-            ):
-                tsqp.connect(nobody, timeout)
-
-
-def test_something_that_is_no_server_is_an_error():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        with pytest.raises(ConnectError, match="no tsqp server answered"):
-            tsqp.connect(f"tcp://127.0.0.1:{sock.getsockname()[1]}", 0.5)
-
-
-def test_the_client_may_come_before_the_server(endpoint, carrier):
-    connected: list[Channel] = []
-    connecting = Background()
-    connecting.start(lambda: connected.append(tsqp.connect(endpoint, PATIENCE_S, **carrier.connect_options)))
-    time.sleep(0.3)
-    with tsqp.listen(endpoint, **carrier.listen_options) as listener, listener.accept(PATIENCE_S) as server:
-        connecting.join()
-        with connected[0] as client:
-            assert_works(client, server)
-
-
 # --- options and life -----------------------------------------------------------------------------------------
 
 
@@ -709,12 +310,6 @@ def test_a_server_that_can_make_no_segment_refuses_with_the_reason(endpoint, mon
         monkeypatch.undo()
         with client_of(listener, CARRIERS["ring"]) as both:
             assert_works(*both)
-
-
-def test_a_missing_directory_is_an_error_at_once(endpoint, monkeypatch, tmp_path):
-    monkeypatch.setenv("TSQP_SHM_DIR", str(tmp_path / "gone"))
-    with pytest.raises(SegmentError, match="No such file or directory"):
-        tsqp.listen(endpoint)
 
 
 def test_the_fixed_name_goes_to_one_client_at_a_time(endpoint):
