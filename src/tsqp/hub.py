@@ -77,6 +77,7 @@ class Hub:
         self.channels: list[Channel] = []
         self.failure: BaseException | None = None  # what ended the I/O thread
         self.clients: dict[bytes, _Client] = {}
+        self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._stop = False
         self._stop_by = 0.0  # a client that takes nothing does not hold up the close for ever
@@ -161,6 +162,7 @@ class Hub:
         self._outbox.clear()  # gives back memory a sender still waits for
         # Goodbyes are with libzmq by now; give them a moment to leave.
         self._router.close(200)
+        self.owner = None
         self._context.term()
         self._reserve.close()
         with self._pipe_lock:

@@ -11,7 +11,7 @@ from . import handshake as hs
 from ._ring import Doorbell, Segment
 from .binding import check_endpoint
 from .config import parse_endpoint
-from .errors import ClosedError, ConfigError, WaitTimeoutError
+from .errors import ClosedError, ConfigError, RingUsageError, WaitTimeoutError
 from .hub import Hub, HubOptions
 from .transport import Channel, check_large, close_at_exit
 
@@ -54,6 +54,7 @@ class Listener:
         self._turn = 0
         self._interrupted = False
         self._closed = False
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         descriptors.require(descriptors.LISTENING, f"listen on {endpoint}")
         segments.reap(segments.leftovers())
@@ -62,6 +63,7 @@ class Listener:
             segments.check_directory()
             Segment.create(max_chunk_bytes, max_chunks, 2, options.shm_name)
         self._hub = Hub(parsed, options, self._bell)
+        self._hub.owner = self
         self.endpoint = self._hub.endpoint
         close_at_exit(self)
 
@@ -100,6 +102,8 @@ class Listener:
             self._bell.wait(rings, min(left, 0.5))
 
     def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise RingUsageError("this listener was inherited by fork; listen anew in the child, at another endpoint")
         if self._closed:
             raise ClosedError(f"the listener on {self.endpoint} is closed")
         if self._hub.failure is not None:
@@ -124,7 +128,7 @@ class Listener:
     def close(self) -> None:
         """Closes all channels, removes the socket and every segment. Idempotent."""
         with self._lock:
-            if self._closed:
+            if self._closed or os.getpid() != self._pid:
                 return
             self._closed = True
         for channel in [*self._hub.channels, *self._hub.accepted]:
