@@ -368,6 +368,13 @@ class ChannelEnd:
     def stats(self) -> dict[str, Any]:
         return self.channel.stats
 
+    def fork_and_sleep(self) -> int:
+        """A child that inherits everything and does nothing."""
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        return pid
+
     def close(self) -> None:
         for closable in (self.channel, self.listener):
             if closable is not None:
