@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -178,3 +180,36 @@ def run_programs(programs: list[str], directory: str) -> list[tuple[int, str]]:
         with open(os.path.join(directory, str(number))) as file:
             results.append((status, file.read()))
     return results
+
+
+def idler(wire: Connection, role: str, endpoint: str, wait: str) -> None:
+    """Exchanges some messages, then waits for as long as it is told and says how much processor time that took."""
+    import torch
+
+    import tsqp
+
+    if role == "server":
+        listener = tsqp.listen(endpoint, wait=wait)
+        wire.send("listening")
+        channel = listener.accept(PATIENCE_S)
+    else:
+        channel = tsqp.connect(endpoint, PATIENCE_S, wait=wait)
+    for _ in range(50):
+        if role == "client":
+            channel.send([torch.zeros(10)], timeout=PATIENCE_S)
+        message = channel.recv(PATIENCE_S)
+        if role == "server":
+            channel.send(message.tensors, timeout=PATIENCE_S)
+    wire.send("exchanged")
+    seconds = wire.recv()
+    before = time.process_time()
+    if role == "server":
+        assert listener.wait(seconds) == []
+    else:
+        with contextlib.suppress(TimeoutError):
+            channel.recv(seconds)
+    wire.send(time.process_time() - before)
+    wire.recv()
+    channel.close()
+    if role == "server":
+        listener.close()

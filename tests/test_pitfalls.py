@@ -1,0 +1,164 @@
+"""What users of systems like this one ran into, where no other test already makes sure that ours do not."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lives
+import msgpack
+import peers
+import pytest
+from carriers import CARRIERS, LARGE
+from peers import PATIENCE_S
+from wire_bytes import numbered, raw, reader
+
+import tsqp
+from tsqp import ShmRingBuffer
+from tsqp.errors import EndpointError, MetaError
+
+SOURCES = Path(tsqp.__file__).parent
+
+
+# --- an idle end costs nothing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wait", ["auto", "block", "poll"])
+def test_idle_ends_use_next_to_no_processor(endpoint, start_peer, wait):
+    """Processor time, so that what else the machine does is not counted. The bar is 1% over longer."""
+    seconds = 3.0
+    server = start_peer(lives.idler, "server", endpoint, wait)
+    assert server.hear() == "listening"
+    client = start_peer(lives.idler, "client", endpoint, wait)
+    both = (server, client)
+    assert [peer.hear() for peer in both] == ["exchanged"] * 2
+    for peer in both:
+        peer.say(seconds)
+    shares = [peer.hear() / seconds for peer in both]
+    for peer in reversed(both):
+        peer.say("end")
+        assert peer.join() == 0
+    assert max(shares) < 0.03, f"server and client: {shares}"
+
+
+# --- nothing a peer sends is code -------------------------------------------------------------------------------
+
+_FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "multiprocessing"}
+_FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def test_no_module_unpickles_or_evaluates_anything():
+    """Nor uses multiprocessing, whose resource tracker unlinks other people's segments."""
+    sources = sorted(SOURCES.rglob("*.py"))
+    assert len(sources) > 30
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            assert not {name.partition(".")[0] for name in names} & _FORBIDDEN, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in _FORBIDDEN_CALLS, f"{path}:{node.lineno}"
+    for path in SOURCES.glob("*.pyx"):
+        assert not re.search(
+            r"^\s*c?(import|from)\s+(pickle|marshal|multiprocessing)\b", path.read_text(), re.MULTILINE
+        )
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        msgpack.packb({"x": msgpack.ExtType(5, b"cos\nsystem\n(S'true'\ntR.")}),
+        b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
+        msgpack.packb([1, 2]),
+    ],
+    ids=["extension type", "a pickle", "no mapping"],
+)
+def test_meta_is_a_plain_mapping_or_an_error(meta):
+    with reader() as end:
+        end.put(raw(meta=meta).pack())
+        with pytest.raises(MetaError):
+            _ = end.read().meta
+
+
+# --- no resource tracker ----------------------------------------------------------------------------------------
+
+_ATTACHES_AND_ENDS = """
+import sys
+import tsqp
+ring = tsqp.ShmRingBuffer({0}, {1}, {2!r}, {3!r})
+own = tsqp.ShmRingBuffer(4096, 4)
+from multiprocessing import resource_tracker
+assert resource_tracker._resource_tracker._pid is None
+"""
+
+
+def test_a_process_that_only_attached_takes_nothing_with_it():
+    """Python's own shared memory starts a process that unlinks a segment when the first who attached ends."""
+    with ShmRingBuffer(4096, 4) as ring:
+        script = _ATTACHES_AND_ENDS.format(*ring.handle())
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert Path(os.environ["TSQP_SHM_DIR"], ring.name).exists()
+
+
+# --- ZeroMQ's own ways to wait for ever -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ring", "ring-tiled", "zmq-ipc", "zmq-tcp"])
+def test_a_client_closes_in_time_with_messages_its_server_never_took(name, endpoint, start_peer):
+    carrier = CARRIERS[name]
+    server = start_peer(peers.channel_end, "server", carrier.endpoint(endpoint), carrier.listen_options)
+    assert server.hear() == "made"
+    client = tsqp.connect(server.ask("endpoint"), PATIENCE_S, **carrier.connect_options)
+    server.ask("accept")
+    server.stop()
+    for number in range(3):
+        try:
+            client.send([numbered(number, 20 * LARGE)], request_id=number, timeout=0.1, transfer=True)
+        except TimeoutError:
+            break
+    begin = time.monotonic()
+    client.close()
+    assert time.monotonic() - begin < 5
+    server.go_on()
+    server.ask("close")
+
+
+# --- Gramine ----------------------------------------------------------------------------------------------------
+
+
+def test_ipc_from_inside_gramine_is_refused_with_the_reason(endpoint, monkeypatch):
+    monkeypatch.setenv("TSQP_ENCLAVE", "gramine")
+    for use in (tsqp.listen, tsqp.connect):
+        with pytest.raises(EndpointError, match=r"never reaches the host from inside Gramine; use tcp://127\.0\.0\.1"):
+            use(endpoint)
+    with pytest.raises(EndpointError, match="needs a futex, which never crosses"):
+        tsqp.connect("tcp://127.0.0.1:9", wait="block")
+
+
+def test_a_client_that_takes_itself_for_an_enclave_polls_and_is_served(start_peer, shm_directory):
+    """Over TCP and shared memory; neither end counts on a futex then, and the name of the segment stays."""
+    with tsqp.listen("tcp://127.0.0.1:0", **CARRIERS["ring-tcp"].listen_options) as listener:
+        inside = {"TSQP_ENCLAVE": "gramine"}
+        peer = start_peer(peers.channel_end, "client", listener.endpoint, {}, env=inside)
+        with listener.accept(PATIENCE_S) as channel:
+            assert peer.hear() == "made"
+            assert channel.transport == "shm+tcp"
+            assert len(list(shm_directory.iterdir())) == 1
+            peer.say(("echo", 20))
+            for number in range(20):
+                if number % 5 == 0:
+                    time.sleep(0.05)  # long enough for both to sleep
+                nbytes = LARGE if number % 4 == 0 else 100
+                channel.send([numbered(number, nbytes)], request_id=number, timeout=PATIENCE_S)
+                assert channel.recv(PATIENCE_S).request_id == number
+            assert peer.hear() == 20
+            peer.ask("close")
