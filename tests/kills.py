@@ -91,7 +91,9 @@ def server(wire: Connection, endpoint: str, options: dict[str, Any], act: str, l
     """Serves two clients: one with `act`, one that it only keeps."""
     with tsqp.listen(endpoint, **options) as listener:
         wire.send("listening")
-        first, _second = listener.accept(PATIENCE_S), listener.accept(PATIENCE_S)
+        first = listener.accept(PATIENCE_S)
+        wire.send("accepted")
+        _second = listener.accept(PATIENCE_S)
         wire.send("ready")
         ACTS[act](first, large)
 

@@ -113,7 +113,9 @@ def test_a_server_is_killed(phase, endpoint, start_peer, shm_directory, random):
         victim = start_peer(kills.server, endpoint, {**LISTEN, "large": way}, act, large)
         assert victim.hear() == "listening"
         with ExitStack() as stack:
-            first, second = (stack.enter_context(tsqp.connect(endpoint, PATIENCE_S, large=way)) for _ in range(2))
+            first = stack.enter_context(tsqp.connect(endpoint, PATIENCE_S, large=way))
+            assert victim.hear() == "accepted"
+            second = stack.enter_context(tsqp.connect(endpoint, PATIENCE_S, large=way))
             survivors = [Survivor(MEANWHILE[act], first, large), Survivor(kills.wait, second, large)]
             assert victim.hear() == "ready"
             killed_at = kills.kill(victim, random.uniform(0, 0.03))
