@@ -15,7 +15,7 @@ from tsqp._message import DTYPE_CODES, Codec, Message, deadline_ns
 from tsqp._ring import Ring, Segment
 
 HEADER = struct.Struct("<IHHIIQiIIIQQQQ7Q")
-DESC = struct.Struct("<BBHIQQ8qQ")
+DESC = struct.Struct("<BBBBIQQ8qQ")
 MAGIC, VERSION = 0x4D515354, 1
 DTYPES = list(DTYPE_CODES)
 
@@ -33,12 +33,15 @@ class Desc:
     nbytes: int = 4
     offset: int = 0
     ndim: int | None = None
+    encoding: int = 0
     reserved: tuple[int, int, int] = (0, 0, 0)
 
     def pack(self) -> bytes:
         shape = [*self.shape, *[0] * (8 - len(self.shape))]
         ndim = len(self.shape) if self.ndim is None else self.ndim
-        return DESC.pack(self.code, ndim, *self.reserved[:2], self.nbytes, self.offset, *shape, self.reserved[2])
+        return DESC.pack(
+            self.code, ndim, self.encoding, *self.reserved[:2], self.nbytes, self.offset, *shape, self.reserved[2]
+        )
 
 
 @dataclass

@@ -1,12 +1,14 @@
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from typing_extensions import disjoint_base
 
 from ._message import Codec, Lease, Message
-from ._ring import Ring
+from ._ring import Doorbell, Ring
 from .receiving import HeldMessage
+
+_Port = TypeVar("_Port", bound=Port)
 
 @disjoint_base
 class Gate:
@@ -85,3 +87,9 @@ class Port:
     def lease(self, timeout: float | None = None) -> Lease | HeldMessage: ...
     def recv_nowait(self, lease: bool = True) -> Lease | HeldMessage | None: ...
     def poll(self) -> bool: ...
+
+@disjoint_base
+class Watcher:
+    def __init__(self, bell: Doorbell) -> None: ...
+    def ready(self, ports: list[_Port]) -> list[_Port]: ...
+    def wait(self, ports: list[Any], timeout: float | None) -> None: ...

@@ -424,6 +424,11 @@ cdef class Codec:
                                       last - first)
 
     @property
+    def planned_bytes(self):
+        """Bytes of the planned message on the wire."""
+        return self.out.header.total_bytes
+
+    @property
     def planned_head_bytes(self):
         """Bytes of the planned message before its payload."""
         return c.tsqp_message_head_bytes(&self.out.header)
@@ -470,6 +475,28 @@ cdef class Codec:
         for i in range(self.inn.header.tensor_count):
             total += c.tsqp_tensor_nbytes(&self.inn.tensors[i])
         return total
+
+    def copy_ns(self, Ring ring, uint64_t nbytes):
+        """Nanoseconds that writing `nbytes` into a free slot and reading them back takes; publishes nothing. None
+        where no slot is free."""
+        cdef c.tsqp_slot slot
+        cdef uint64_t begin, spent
+        cdef TensorBytes private
+        if not ring.is_producer or not ring.try_acquire(&slot):
+            return None
+        try:
+            nbytes = nbytes if nbytes < slot.nbytes else slot.nbytes
+            private = _pooled_bytes(nbytes)
+            memset(private.data, 0, nbytes)
+            with nogil:
+                c.tsqp_copy_to_shared(slot.data, private.data, nbytes)  # the first touch of a page is not counted
+                begin = c.tsqp_now_ns()
+                c.tsqp_copy_to_shared(slot.data, private.data, nbytes)
+                c.tsqp_copy_from_shared(private.data, slot.data, nbytes)
+                spent = c.tsqp_now_ns() - begin
+        finally:
+            c.tsqp_ring_cancel(ring.ptr, &slot)
+        return nbytes, spent
 
     def announce(self, Ring ring, uint64_t deadline_ns):
         """Acquires a slot for the note that the planned message comes over ZeroMQ; see :class:`Announcement`."""

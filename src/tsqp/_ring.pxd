@@ -36,6 +36,7 @@ cdef class Doorbell:
     cdef tsqp_doorbell bell
     cdef tsqp_waiter waiter
     cdef uint64_t seen
+    cdef bint wait_watches(self, tsqp_watch *watches, size_t count, uint64_t deadline_ns) except -1
 
 
 cdef uint64_t deadline_of(object timeout) except? 0

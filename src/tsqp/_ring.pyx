@@ -260,20 +260,27 @@ cdef class Doorbell:
         call's business.
         """
         cdef size_t count = len(rings) + 1
-        cdef uint64_t deadline_ns = deadline_of(timeout)
-        cdef uint64_t now
         cdef c.tsqp_watch *watches = <c.tsqp_watch *>malloc(count * sizeof(c.tsqp_watch))
-        cdef int rc
         cdef size_t i
         if watches == NULL:
             raise MemoryError()
         try:
-            watches[0].word = &self.bell.count
-            watches[0].idle = self.seen
-            watches[0].waiting = &self.bell.waiting
-            watches[0].closed = NULL
             for i in range(1, count):
                 watches[i] = c.tsqp_ring_watch((<Ring>rings[i - 1]).ptr)
+            return self.wait_watches(watches, count, deadline_of(timeout))
+        finally:
+            free(watches)
+
+    cdef bint wait_watches(self, c.tsqp_watch *watches, size_t count, uint64_t deadline_ns) except -1:
+        """The same over watches of which the first is left to the bell."""
+        cdef uint64_t now
+        cdef int rc
+        cdef size_t i
+        watches[0].word = &self.bell.count
+        watches[0].idle = self.seen
+        watches[0].waiting = &self.bell.waiting
+        watches[0].closed = NULL
+        try:
             while True:
                 now = c.tsqp_now_ns()
                 if now >= deadline_ns:
@@ -285,11 +292,10 @@ cdef class Doorbell:
                     return True
                 PyErr_CheckSignals()
                 for i in range(1, count):
-                    if c.tsqp_segment_peer_closed((<Ring>rings[i - 1]).segment.ptr):
+                    if c.tsqp_load_acquire(watches[i].closed) != 0:
                         return True
         finally:
-            self.seen = self.bell.count
-            free(watches)
+            self.seen = c.tsqp_load_acquire(&self.bell.count)
 
 
 include "_shm_ring.pxi"

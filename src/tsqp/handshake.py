@@ -1,7 +1,8 @@
 """What client and server say to each other before the first message, and the first frame of every later one.
 
 A ZeroMQ message is ``[kind + sequence][...]``. The handshake is HELLO (client), WELCOME or REFUSE (server),
-READY (client); its bodies are small msgpack maps. Every field is checked for type and range on receipt.
+READY (client); its bodies are small msgpack maps. Every field is checked for type and range on receipt. Before READY
+the client may send a few PROBEs, bytes that the server acknowledges with an empty PROBE: it measures the connection.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgpack
 from .errors import ProtocolError
 
 PROTOCOL = 1
-HELLO, WELCOME, REFUSE, READY, MESSAGE, BYE = b"HWERMB"
+HELLO, WELCOME, REFUSE, READY, MESSAGE, BYE, PROBE = b"HWERMBP"
 _ENVELOPE = struct.Struct("<BQ")
 _MAX_BODY_BYTES = 4096
 

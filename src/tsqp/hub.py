@@ -32,9 +32,13 @@ _RETRY_MS = 10
 #: How often file descriptors are looked after.
 _LOOK_MS = 100
 _FAREWELL_S = 0.5
+#: Longer than this between two looks is not the I/O thread's own doing.
+_AWAY_S = 1.0
 #: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
 _RECEIVED_MAX = 2000
 _DEALER_FRAMES_MIN = 2
+#: How often a client may measure the connection before it is ready.
+MAX_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class HubOptions:
     max_clients: int
     shm: bool
     shm_name: str | None
+    threshold: int | str
     large: str
     wait: str
     spin_us: float
@@ -63,6 +68,7 @@ class _Client:
     segment: Segment | None
     link: ServerLink | None = None
     channel: Channel | None = None
+    probes: int = 0
 
 
 class Hub:
@@ -80,6 +86,7 @@ class Hub:
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._stop = False
+        self._looked = time.monotonic()
         self._stop_by = 0.0  # a client that takes nothing does not hold up the close for ever
         self._pipe_lock = threading.RLock()
         self._wake_r, self._wake_w = os.pipe()
@@ -207,6 +214,10 @@ class Hub:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
             self._ready(client, parts[2].bytes)
+        elif kind == hs.PROBE and client.channel is None and client.probes < MAX_PROBES and len(parts) == 3:
+            client.probes += 1
+            with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading
+                self._router.send_multipart([identity, hs.envelope(hs.PROBE), b""], flags=zmq.NOBLOCK)
         elif kind == hs.MESSAGE and client.link is not None and len(parts) >= 3:
             client.link.deliver((sequence, parts[2], parts[3:]))
             if client.link.reason:
@@ -270,7 +281,7 @@ class Hub:
             server=True,
             scheme=self._scheme,
             peer=f"client {client.identity.hex()[-8:]} of {self.endpoint}",
-            threshold=self._options.max_chunk_bytes,
+            threshold=self._options.threshold,
             large=self._options.large,
             wait=self._options.wait,
             spin_us=self._options.spin_us,
@@ -348,5 +359,9 @@ class Hub:
 
     def _expire_handshakes(self) -> None:
         now = time.monotonic()
+        away_s, self._looked = now - self._looked, now
+        if away_s > _AWAY_S:  # this process was stopped: what came meanwhile has not been taken yet
+            for client in self.clients.values():
+                client.deadline += away_s
         for client in [c for c in self.clients.values() if c.channel is None and c.deadline < now]:
             self._drop(client.identity, "it did not finish the handshake in time")

@@ -8,12 +8,13 @@ import time
 
 from . import descriptors, segments
 from . import handshake as hs
+from ._channel import Watcher
 from ._ring import Doorbell, Segment
 from .binding import check_endpoint
 from .config import parse_endpoint
 from .errors import ClosedError, ConfigError, RingUsageError, WaitTimeoutError
 from .hub import Hub, HubOptions
-from .transport import Channel, check_large, close_at_exit
+from .transport import Channel, check_carriers, close_at_exit
 
 
 class Listener:
@@ -28,6 +29,7 @@ class Listener:
         shm: bool = True,
         max_clients: int = 16,
         shm_name: str | None = None,
+        threshold: int | str | None = None,
         large: str = "zmq",
         wait: str = "auto",
         spin_us: float = 400.0,
@@ -37,13 +39,14 @@ class Listener:
         for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
             if not isinstance(value, int) or not 0 < value < 1 << 63:
                 raise ConfigError(f"{label}={value!r} is not a positive whole number; give the slots' size and number")
-        check_large(large)
+        check_carriers(threshold, large)
         options = HubOptions(
             max_chunk_bytes=max_chunk_bytes,
             max_chunks=max_chunks,
             max_clients=max_clients,
             shm=shm and parsed.is_loopback,
             shm_name=shm_name or os.environ.get("TSQP_SHM_NAME") or None,
+            threshold="slot" if threshold is None else threshold,
             large=large,
             wait=wait,
             spin_us=spin_us,
@@ -51,6 +54,7 @@ class Listener:
         )
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._bell = Doorbell(spin_us, hs.futex_works(), wait)
+        self._watcher = Watcher(self._bell)
         self._turn = 0
         self._interrupted = False
         self._closed = False
@@ -93,13 +97,14 @@ class Listener:
         deadline = time.monotonic() + (timeout if timeout is not None else 1e9)
         while True:
             self._check_open()
-            channels = [c for c in self._hub.channels if not c.closed]
-            ready = [c for c in channels if c.poll()]
-            left = deadline - time.monotonic()
-            if ready or self._hub.accepted or self._take_interrupt() or left <= 0:
+            channels = self._hub.channels.copy()  # the I/O thread may change it
+            ready = self._watcher.ready(channels)
+            if ready:
                 return self._rotate(ready)
-            rings = [c.wait_ring for c in channels if c.wait_ring is not None]
-            self._bell.wait(rings, min(left, 0.5))
+            left = deadline - time.monotonic()
+            if self._hub.accepted or self._take_interrupt() or left <= 0:
+                return ready
+            self._watcher.wait(channels, min(left, 0.5))
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
@@ -110,7 +115,7 @@ class Listener:
             raise ClosedError(f"the listener on {self.endpoint} failed: {self._hub.failure!r}; start it again")
 
     def _rotate(self, ready: list[Channel]) -> list[Channel]:
-        if not ready:
+        if len(ready) == 1:
             return ready
         self._turn = (self._turn + 1) % len(ready)
         return ready[self._turn :] + ready[: self._turn]
@@ -150,6 +155,7 @@ def listen(
     shm: bool = True,
     max_clients: int = 16,
     shm_name: str | None = None,
+    threshold: int | str | None = None,
     large: str = "zmq",
     wait: str = "auto",
     spin_us: float = 400.0,
@@ -159,13 +165,16 @@ def listen(
 
     Args:
         endpoint: where clients connect. ``Listener.endpoint`` has the port that was chosen.
-        max_chunk_bytes: slot size in bytes, and the threshold: a message of this size or more takes ZeroMQ.
+        max_chunk_bytes: slot size in bytes; what does not fit one is large.
             Default: ``TSQP_MAX_SHM_CHUNK_BYTES`` or 10 MiB.
         max_chunks: slots per direction and client. Default: ``TSQP_SHM_MAX_CHUNKS`` or 10.
         shm: False keeps everything on ZeroMQ; so does an endpoint beyond this host.
         max_clients: connections served at once; each takes 2 * max_chunks * max_chunk_bytes of shared memory.
         shm_name: a fixed name for the first client's segment (``TSQP_SHM_NAME``), for an enclave's manifest.
-        large: how this end sends messages of that size: ``zmq``, or ``tile`` (in tiles through the ring).
+        threshold: bytes from which a message of this end is large: None is the size of a slot, ``auto`` goes by
+            what each carrier was seen to cost.
+        large: how this end sends large messages: ``zmq``, ``tile`` (in tiles through the ring), or ``auto``, whichever
+            is faster here.
         wait: ``auto``, ``spin``, ``block`` or ``poll``; spin_us: the longest spin before blocking.
         max_inbox_bytes: a client with more unread bytes of large messages than this is cut off.
 
@@ -182,6 +191,7 @@ def listen(
         shm=shm,
         max_clients=max_clients,
         shm_name=shm_name,
+        threshold=threshold,
         large=large,
         wait=wait,
         spin_us=spin_us,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._message import deadline_ns, give_up
+from ._ring import Ring
+from .choosing import RING, TILE, ZMQ, Chooser
 from .errors import MessageTooLargeError, WaitTimeoutError
 from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
@@ -24,12 +26,12 @@ class Sender:
     """Writes one direction of a channel where that takes more than a slot that is free. Callers hold the channel's
     send gate."""
 
-    def __init__(self, channel: Channel, link: Link, large: str) -> None:
+    def __init__(self, channel: Channel, link: Link, chooser: Chooser) -> None:
         self.ring_count = self.ring_bytes = self.zmq_count = self.zmq_bytes = 0
         self._channel, self._link = channel, link
         self._codec, self._ring = channel._encoder, channel._tx
         ring = self._ring
-        self._tiled = large == "tile" and ring is not None
+        self.chooser = chooser
         self._tile_bytes = TILE_BYTES if ring is None else min(TILE_BYTES, ring.segment.max_chunk_bytes // 64 * 64)
         self._sequence = 0  # of messages over ZeroMQ
         self._tail: _Tail | None = None
@@ -47,30 +49,51 @@ class Sender:
         """Sends one message and returns its bytes. `fields`: tag, flags, request_id, status, site, index,
         compute_ns, queue_ns."""
         deadline = deadline_ns(timeout)
-        ring = self._ring
         self.clear(deadline)
         total = self._codec.plan(tensors, meta, *fields, wire)
-        if ring is not None and total < self._channel.threshold:
-            self._codec.write(ring, meta, deadline)
+        carrier = self._carrier(total)
+        begin = time.perf_counter_ns() if self.chooser.learns else 0
+        if carrier == RING and self._ring is not None:
+            self._codec.write(self._ring, meta, deadline)
             self._count_ring(total)
-        elif total > MAX_FRAME_BYTES:
-            raise MessageTooLargeError(
-                f"a message of {total} bytes is over the limit of {MAX_FRAME_BYTES} bytes; send it in parts"
-            )
-        elif ring is not None and self._tiled and self._codec.planned_head_bytes <= ring.segment.max_chunk_bytes:
-            self._codec.write_tiled_head(ring, meta, deadline)
-            self._tail = _Tail(self._codec.as_they_travel(tensors), total - self._codec.planned_head_bytes)
-            self._channel.flush_due = transfer
-            self._channel.direct_send = False
-            self._broken_off = True
+        elif carrier == TILE and self._ring is not None:
+            self._send_tiles(self._ring, tensors, meta, deadline, transfer)
             self._count_ring(total)
-            # What was given away can follow later; what the caller may change must be gone when this returns.
-            self.flush(NOW_NS if transfer else deadline)
         else:
             self._send_link(tensors, meta, deadline, transfer)
             self.zmq_count += 1
             self.zmq_bytes += total
+        if begin and not transfer:
+            self._learn(carrier, total, time.perf_counter_ns() - begin)
         return total
+
+    def _carrier(self, total: int) -> str:
+        carrier = self.chooser.carrier(total)
+        if carrier == RING:
+            return carrier
+        if total > MAX_FRAME_BYTES:
+            raise MessageTooLargeError(
+                f"a message of {total} bytes is over the limit of {MAX_FRAME_BYTES} bytes; send it in parts"
+            )
+        if carrier == TILE and self._ring is not None:
+            fits = self._codec.planned_head_bytes <= self._ring.segment.max_chunk_bytes
+            return TILE if fits else ZMQ
+        return ZMQ
+
+    def _learn(self, carrier: str, nbytes: int, spent_ns: int) -> None:
+        # A slot is only written here; the reader's copy, about as long, is still to come.
+        self.chooser.note(carrier, nbytes, 2 * spent_ns if carrier == RING else spent_ns)
+        self._channel.threshold = self.chooser.threshold
+
+    def _send_tiles(self, ring: Ring, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
+        payload = self._codec.as_they_travel(tensors)
+        self._codec.write_tiled_head(ring, meta, deadline)
+        self._tail = _Tail(payload, self._codec.planned_bytes - self._codec.planned_head_bytes)
+        self._channel.flush_due = transfer
+        self._channel.direct_send = False
+        self._broken_off = True
+        # What was given away can follow later; what the caller may change must be gone when this returns.
+        self.flush(NOW_NS if transfer else deadline)
 
     def flush(self, deadline: int) -> bool:
         """Writes the tiles that are left: all of them before `deadline`, or with NOW_NS those there is room for.

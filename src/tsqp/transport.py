@@ -19,6 +19,7 @@ from . import handshake as hs
 from ._channel import Port
 from ._message import Lease, Message
 from ._ring import Doorbell, Ring, Segment
+from .choosing import RING, TILE, ZMQ, Chooser, Cost, cost_of
 from .config import parse_endpoint
 from .errors import (
     ClosedError,
@@ -73,14 +74,13 @@ class Channel(Port):
         rx: Ring | None,
         *,
         scheme: str,
-        threshold: int,
-        large: str,
+        chooser: Chooser,
         peer: str,
         spin_us: float,
         futex: bool,
         wait: str,
     ) -> None:
-        super().__init__(tx, rx, threshold)
+        super().__init__(tx, rx, chooser.threshold)
         self.peer = peer
         self.transport = f"shm+{scheme}" if segment is not None else scheme
         self.on_close: Callable[[Channel], None] = lambda channel: None
@@ -90,7 +90,7 @@ class Channel(Port):
         # They reach back through a weak reference: a cycle would keep a closed channel's segment mapped until the
         # garbage collector comes. The channel lives while it sends.
         me = weakref.proxy(self)
-        self._sender = Sender(me, link, large)
+        self._sender = Sender(me, link, chooser)
         self._receiver = Receiver(me, link, MAX_MESSAGE_BYTES)
         for ring in (tx, rx):
             if ring is not None:
@@ -113,6 +113,17 @@ class Channel(Port):
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
             return self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+
+    def start_learning(self, measured: dict[str, Cost]) -> None:
+        """Takes what carriers cost here; the ring is measured now."""
+        assert self._tx is not None
+        samples = [self._encoder.copy_ns(self._tx, nbytes) for nbytes in (1 << 16, 1 << 20)]
+        small, large = samples
+        if small is not None and large is not None and large[0] > small[0]:
+            copies = cost_of(small, large)
+            measured = {**measured, RING: copies, TILE: Cost(2 * copies.fixed_ns, copies.per_byte_ns)}
+        self._sender.chooser.start(measured)
+        self.threshold = self._sender.chooser.threshold
 
     def _clear_way(self, deadline: int) -> None:
         """Waits for a free slot that the next message may take. The caller holds the send gate."""
@@ -287,10 +298,15 @@ class Channel(Port):
         return f"<tsqp.Channel to {self.peer} over {self.transport}{' (closed)' if self._closed else ''}>"
 
 
-def check_large(large: str) -> None:
-    """Raises :class:`ConfigError` where `large` is no known way."""
-    if large not in ("zmq", "tile"):
-        raise ConfigError(f"large={large!r} is neither 'zmq' nor 'tile'")
+def check_carriers(threshold: int | str | None, large: str) -> None:
+    """Raises :class:`ConfigError` where `threshold` or `large` is no known way."""
+    if large not in ("zmq", "tile", "auto"):
+        raise ConfigError(f"large={large!r} is none of 'zmq', 'tile' and 'auto'; choose one")
+    whole = isinstance(threshold, int) and not isinstance(threshold, bool) and threshold > 0
+    if threshold not in (None, "auto") and not whole:
+        raise ConfigError(
+            f"threshold={threshold!r} is neither a positive number of bytes nor 'auto'; give one, or None"
+        )
 
 
 def make_channel(
@@ -300,7 +316,7 @@ def make_channel(
     server: bool,
     scheme: str,
     peer: str,
-    threshold: int,
+    threshold: int | str,
     large: str,
     wait: str,
     spin_us: float,
@@ -311,14 +327,14 @@ def make_channel(
     if segment is not None:
         tx = Ring(segment, 1 if server else 0, True, wait, spin_us, futex)
         rx = Ring(segment, 0 if server else 1, False, wait, spin_us, futex)
+    chooser = Chooser(threshold, large, segment.max_chunk_bytes if segment is not None else 0)
     return Channel(
         link,
         segment,
         tx,
         rx,
         scheme=scheme,
-        threshold=threshold,
-        large=large,
+        chooser=chooser,
         peer=peer,
         spin_us=spin_us,
         futex=futex,
@@ -331,6 +347,7 @@ def connect(
     timeout: float | None = 10.0,
     *,
     shm: bool = True,
+    threshold: int | str | None = None,
     large: str = "zmq",
     wait: str = "auto",
     spin_us: float = 400.0,
@@ -341,8 +358,10 @@ def connect(
         endpoint: ``ipc:///path`` or ``tcp://address:port``, numeric.
         timeout: seconds to wait for the server, which may start later; None waits for ever.
         shm: False keeps everything on ZeroMQ. Shared memory is used where both ends see the same host.
-        large: how this end sends messages of the threshold's size and more: ``zmq``, or ``tile`` (cut into
-            tiles that follow each other through the ring).
+        threshold: bytes from which a message of this end is large: None is the size of a slot (10 MiB unless the
+            server says otherwise), ``auto`` measures both carriers now and goes on learning.
+        large: how this end sends messages of the threshold's size and more: ``zmq``, ``tile`` (cut into
+            tiles that follow each other through the ring), or ``auto``, whichever is faster here.
         wait: ``auto``, ``spin``, ``block`` or ``poll`` (no futex; chosen by itself inside Gramine).
         spin_us: the longest spin before blocking, in microseconds.
 
@@ -350,7 +369,7 @@ def connect(
         EndpointError, ConnectError (nobody answers, or the server refuses), ProtocolError, SegmentError.
     """
     parsed = parse_endpoint(endpoint)
-    check_large(large)
+    check_carriers(threshold, large)
     if parsed.scheme == "ipc" and hs.in_gramine():
         raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
     if hs.in_gramine() and wait == "block":
@@ -358,6 +377,7 @@ def connect(
     link = ClientLink(endpoint)
     try:
         options = {"scheme": parsed.scheme, "large": large, "wait": wait, "spin_us": spin_us}
+        options["threshold"] = "slot" if threshold is None else threshold
         return _shake_hands(link, endpoint, parsed.is_loopback and shm, timeout, options)
     except BaseException:
         link.close()
@@ -381,16 +401,31 @@ def _shake_hands(link: ClientLink, endpoint: str, shm: bool, timeout: float | No
     if welcome.protocol != hs.PROTOCOL:
         raise ProtocolError(f"the server speaks protocol {welcome.protocol}, not {hs.PROTOCOL}; use one version")
     segment = _attach(welcome) if welcome.shm else None
+    learns = segment is not None and "auto" in (options["threshold"], options["large"])
+    measured = measure_link(link, timeout) if learns else {}
     link.say(hs.READY, hs.pack(hs.Ready(segment is not None, not hs.in_gramine())))
-    return make_channel(
-        link,
-        segment,
-        server=False,
-        peer=f"server {endpoint}",
-        threshold=segment.max_chunk_bytes if segment is not None else 0,
-        futex=welcome.futex and futex,
-        **options,
+    channel = make_channel(
+        link, segment, server=False, peer=f"server {endpoint}", futex=welcome.futex and futex, **options
     )
+    if learns:
+        channel.start_learning(measured)
+    return channel
+
+
+def measure_link(link: ClientLink, timeout: float | None) -> dict[str, Cost]:
+    """What a message over this connection's ZeroMQ costs, from messages that the server only acknowledges."""
+    deadline = time.monotonic() + (_FOREVER_S if timeout is None else timeout)
+    best: dict[int, float] = {}
+    for nbytes in (1 << 10, 1 << 21) * 3:
+        begin = time.perf_counter_ns()
+        link.say(hs.PROBE, bytes(nbytes))
+        answer = link.hear(deadline)
+        if answer is None or answer[0] != hs.PROBE:
+            raise ProtocolError("the server did not acknowledge a measurement; use one version of tsqp at both ends")
+        spent = time.perf_counter_ns() - begin
+        best[nbytes] = min(best.get(nbytes, spent), spent)
+    small, large = sorted(best.items())
+    return {ZMQ: cost_of((small[0], small[1] / 2), (large[0], large[1] - small[1] / 2))}
 
 
 def _attach(welcome: hs.Welcome) -> Segment | None:
