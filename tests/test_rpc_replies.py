@@ -168,15 +168,14 @@ def test_an_error_text_is_cut_and_cleaned(tmp_path):
             client.lm_head(H)
 
 
-def test_repeated_old_replies_are_counted_and_never_returned(tmp_path):
-    def answer(msg):
-        old = {"tensors": [RIGHT - 1], "request_id": 1}
-        return [old, old, {"tensors": [RIGHT + 2]}]
-
-    with lying(tmp_path, answer) as server, client_of(server) as client:
-        client.init()
-        assert torch.equal(client.lm_head(H), RIGHT + 2)
-        assert client.stale_replies == 2
+def test_a_second_reply_to_one_request_is_a_protocol_error(tmp_path):
+    lies = iter([[{"tensors": [RIGHT]}, {"tensors": [RIGHT - 1]}], {"tensors": [RIGHT + 2]}, {"tensors": [RIGHT + 3]}])
+    with lying(tmp_path, lambda msg: next(lies)) as server, client_of(server) as client:
+        assert torch.equal(client.lm_head(H), RIGHT)
+        with pytest.raises(ProtocolError, match="answered request 2, a second time"):
+            client.lm_head(H)  # its own reply comes after the surplus one
+        assert torch.equal(client.lm_head(H), RIGHT + 3)
+        assert client.stale_replies == 1
 
 
 def test_compute_time_beyond_the_round_trip_is_not_believed(tmp_path):
@@ -279,28 +278,34 @@ def test_an_init_that_names_code_is_cleaned(tmp_path):
 
 
 def test_a_protection_sees_every_remote_linear(tmp_path):
-    class Recording:
-        name = "recording"
+    class Halving:
+        name = "halving"
 
         def __init__(self):
             self.seen = []
 
-        def linear(self, call, site, h):
-            self.seen.append((site.id, site.index))
-            return [2 * out for out in call(site, h)]
+        def conceal(self, site, index, h):
+            self.seen.append((site.id, index))
+            return h / 2, index
 
-    model, protection = tiny_model(), Recording()
+        def reveal(self, site, secret, outs):
+            assert (site.id, secret) in self.seen
+            return [2 * out for out in outs]
+
+    model, protection = tiny_model(), Halving()
     with serving(model, tmp_path) as server, client_of(server, protection=protection) as client:
         h = torch.randn(1, HIDDEN)
-        torch.testing.assert_close(client.lm_head(h), 2 * model.lm_head(h).detach())
-        client.batch_linear(0, ["q_proj", "k_proj"], h)
+        torch.testing.assert_close(client.lm_head(h), model.lm_head(h).detach())
+        assert [len(out) for out in client.batch_linear(0, ["q_proj", "k_proj"], h)] == [1, 1]
         client.linear("lm_head", h)
-        client.lm_head(h)
-        assert client.stats["protection"] == "recording"
+        calls = [client.submit.lm_head(h * number) for number in (1, 2)]
+        for number, call in zip((1, 2), calls, strict=True):
+            torch.testing.assert_close(call.result(), number * model.lm_head(h).detach())
+        assert client.stats["protection"] == "halving"
     ids = [number for number, _ in protection.seen]
-    assert ids[0] == ids[3]
+    assert ids[0] == ids[3] == ids[4]
     assert len(set(ids)) == 3
-    assert [index for _, index in protection.seen] == [0, 0, 0, 1]
+    assert [index for _, index in protection.seen] == [0, 0, 0, 1, 2]
 
 
 def test_client_options(tmp_path):

@@ -72,14 +72,19 @@ def test_operators_are_those_the_users_know():
 
 def test_counters_add_up():
     telemetry = Telemetry()
-    telemetry.add("gpu_linear", 2_000_000, 1_500_000)
+    telemetry.add("gpu_linear", 2_000_000, 1_500_000, 250_000)
     telemetry.add("gpu_linear", 1_000_000)
     telemetry.add("tee_silu", 10)
     telemetry.count("BatchLinear")
     telemetry.count("BatchLinear")
     snapshot = telemetry.snapshot()
     assert snapshot["calls"] == {"BatchLinear": 2}
-    assert snapshot["operators"]["gpu_linear"] == {"calls": 2, "seconds": 3e-3, "server_seconds": 1.5e-3}
+    assert snapshot["operators"]["gpu_linear"] == {
+        "calls": 2,
+        "seconds": 3e-3,
+        "server_seconds": 1.5e-3,
+        "queue_seconds": 0.25e-3,
+    }
     assert snapshot["operators"]["tee_silu"]["calls"] == 1
     assert "tee_rotary" not in snapshot["operators"]
     assert snapshot["seconds"] > 0
@@ -102,10 +107,12 @@ def test_measure_times_its_block_and_faults_too():
     assert row["seconds"] >= 0.002
 
 
-def test_reset_keeps_measures_valid():
+def test_reset_keeps_measures_and_rows_valid():
     telemetry = Telemetry()
     measure = telemetry.measure("tee_silu")
     telemetry.count("Init")
+    calls, times = telemetry.counter("Init"), telemetry.row("tee_rotary")
+    assert calls[0] == 1
     with measure:
         pass
     telemetry.reset()
@@ -113,7 +120,12 @@ def test_reset_keeps_measures_valid():
     assert telemetry.snapshot()["calls"] == {}
     with measure:
         pass
-    assert telemetry.snapshot()["operators"]["tee_silu"]["calls"] == 1
+    calls[0] += 1
+    times[0] += 1
+    snapshot = telemetry.snapshot()
+    assert snapshot["operators"]["tee_silu"]["calls"] == 1
+    assert snapshot["operators"]["tee_rotary"]["calls"] == 1
+    assert snapshot["calls"] == {"Init": 1}
 
 
 def test_a_snapshot_is_a_copy():
@@ -185,6 +197,14 @@ def test_tables_of_nothing():
     assert row(text, "transport")[1] == "none"
     assert row(text, "ZeroMQ")[1:] == ["0", "-", "0 B", "-"]
     assert "time per operator" not in text
+
+
+def test_the_time_in_the_queue_has_a_column_where_there_was_any():
+    operators = {"gpu_linear": {"calls": 4, "seconds": 2.0, "server_seconds": 1.0, "queue_seconds": 0.5}}
+    text = rendered({**STATS, "operators": operators})
+    assert "queued on the server" in text
+    assert row(text, "gpu_linear")[1:] == ["4", "2.00 s", "100.0%", "500.0 ms", "1.00 s", "500.0 ms"]
+    assert "queued on the server" not in rendered(STATS)
 
 
 def test_a_servers_table_has_no_column_for_the_servers_part():

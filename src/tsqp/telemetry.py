@@ -1,9 +1,9 @@
 """What moved and what took how long: counters of both ends, and the tables that show them.
 
 Times are taken as pairs of ``time.perf_counter_ns`` on one end's own clock; no timestamp crosses the border,
-only durations do. Counting takes no lock: :meth:`Telemetry.add` is two list additions. Two threads that add
-to the same operator at the same moment may therefore lose one of the two additions; figures are for reading,
-not for billing.
+only durations do. Counting takes no lock: it is additions to the ints of a list. Two threads that add to the
+same operator at the same moment may therefore lose one of the two additions; figures are for reading, not for
+billing.
 """
 
 from __future__ import annotations
@@ -68,21 +68,36 @@ class Measure:
 class Telemetry:
     """Calls per method and time per operator of one end.
 
-    On the runner a ``gpu_*`` time is the round trip of the call, and the server's compute time from the reply
-    header is kept beside it; on the server a ``gpu_*`` time is the compute time itself. ``tee_*`` is always
-    local time.
+    On the runner a ``gpu_*`` time is the round trip of the call, from its sending until its reply was read; the
+    server's compute time and the time the request waited there, both from the reply header, are kept beside it.
+    Calls in flight together each count in full. On the server a ``gpu_*`` time is the compute time itself, and
+    what a request waited for its turn is kept beside it. ``tee_*`` is always local time.
+
+    Who counts often asks for the row once, by :meth:`row` and :meth:`counter`, and adds to its ints.
     """
 
     __slots__ = ("_calls", "_rows", "_started_ns")
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[int]] = {name: [0, 0, 0] for name in OPERATORS}
-        self._calls: dict[str, int] = {}
+        self._rows: dict[str, list[int]] = {name: [0, 0, 0, 0] for name in OPERATORS}
+        self._calls: dict[str, list[int]] = {}
         self._started_ns = time.perf_counter_ns()
 
-    def add(self, operator: str, ns: int, compute_ns: int = 0) -> None:
-        """Adds one call of ``operator`` (one of :data:`OPERATORS`) that took ``ns``, ``compute_ns`` of it on
-        the server.
+    def row(self, operator: str) -> list[int]:
+        """The row of ``operator`` (one of :data:`OPERATORS`): calls, ns, ns of computing on the server, ns of
+        waiting there.
+
+        Raises ``KeyError`` for another name.
+        """
+        return self._rows[operator]
+
+    def counter(self, method: str) -> list[int]:
+        """The row of a remote method: calls."""
+        return self._calls.setdefault(method, [0])
+
+    def add(self, operator: str, ns: int, compute_ns: int = 0, queue_ns: int = 0) -> None:
+        """Adds one call of ``operator`` (one of :data:`OPERATORS`) that took ``ns``; of that, it took the server
+        ``compute_ns``, and ``queue_ns`` passed there before its turn.
 
         Raises ``KeyError`` for another name.
         """
@@ -90,35 +105,40 @@ class Telemetry:
         row[0] += 1
         row[1] += ns
         row[2] += compute_ns
+        row[3] += queue_ns
 
     def count(self, method: str) -> None:
         """Counts one call of a remote method."""
-        self._calls[method] = self._calls.get(method, 0) + 1
+        self.counter(method)[0] += 1
 
     def measure(self, operator: str) -> Measure:
         """A context manager that times its block into ``operator``; keep it and enter it again to save its making."""
         return Measure(self._rows[operator])
 
     def reset(self) -> None:
-        """Sets every counter to zero; :class:`Measure` objects made before stay valid."""
-        for row in self._rows.values():
-            row[:] = (0, 0, 0)
-        self._calls.clear()
+        """Sets every counter to zero; rows and :class:`Measure` objects handed out before stay valid."""
+        for row in [*self._rows.values(), *self._calls.values()]:
+            row[:] = [0] * len(row)
         self._started_ns = time.perf_counter_ns()
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain numbers: ``calls`` (method -> count), ``operators`` (name -> calls, seconds, server_seconds),
-        ``seconds``.
+        """Plain numbers: ``calls`` (method -> count), ``operators`` (name -> calls, seconds, server_seconds,
+        queue_seconds), ``seconds``.
 
         ``seconds`` is the time since the start or the last :meth:`reset`. Operators never used are left out.
         """
         operators = {
-            name: {"calls": row[0], "seconds": row[1] / 1e9, "server_seconds": row[2] / 1e9}
+            name: {
+                "calls": row[0],
+                "seconds": row[1] / 1e9,
+                "server_seconds": row[2] / 1e9,
+                "queue_seconds": row[3] / 1e9,
+            }
             for name, row in self._rows.items()
             if row[0]
         }
         return {
-            "calls": dict(self._calls),
+            "calls": {method: row[0] for method, row in list(self._calls.items()) if row[0]},
             "operators": operators,
             "seconds": (time.perf_counter_ns() - self._started_ns) / 1e9,
         }
@@ -232,10 +252,14 @@ def _calls_table(calls: Mapping[str, int]) -> Table:
 
 def _operator_table(stats: Mapping[str, Any]) -> Table:
     operators = stats["operators"]
-    with_server = any(row["server_seconds"] for row in operators.values())
+    shown = [
+        (label, key)
+        for label, key in (("of it on the server", "server_seconds"), ("queued on the server", "queue_seconds"))
+        if any(row.get(key) for row in operators.values())
+    ]
     table = Table(title="time per operator", title_justify="left")
     table.add_column("operator")
-    for name in ("calls", "time", "share", "per call") + (("of it on the server",) if with_server else ()):
+    for name in ("calls", "time", "share", "per call", *(label for label, _ in shown)):
         table.add_column(name, justify="right")
     total_s = sum(row["seconds"] for row in operators.values())
     for name, row in operators.items():
@@ -247,7 +271,6 @@ def _operator_table(stats: Mapping[str, Any]) -> Table:
             _percent(seconds, total_s),
             format_seconds(seconds / count),
         ]
-        if with_server:
-            cells.append(format_seconds(row["server_seconds"]) if row["server_seconds"] else "-")
+        cells += [format_seconds(row[key]) if row.get(key) else "-" for _, key in shown]
         table.add_row(*cells)
     return table

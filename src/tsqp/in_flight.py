@@ -1,0 +1,372 @@
+"""Requests in flight: many on one channel, each answered by request id, in whatever order replies come.
+
+There is no thread of its own here. Whoever waits reads for all: one thread at a time receives replies and
+settles the calls they belong to, the others sleep until theirs is settled or it is their turn to read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from copy import copy
+from typing import Any, TypeVar
+
+from .errors import ClosedError, MessageError, ProtocolError, TsqpError, WaitTimeoutError
+from .kv_lengths import Outcome
+from .pending import DROPPED, OPEN, SETTLED, PendingCall
+
+T = TypeVar("T")
+
+#: Requests and their replies that may be under way together, in bytes; a larger one travels alone. Less than
+#: what a channel reads ahead while it waits for a slot, and than what a server takes unread from one client.
+MAX_BYTES_IN_FLIGHT = 512 << 20
+#: Ids of requests that failed here and may still be answered; beyond this many the oldest are forgotten.
+_MAX_LOST = 4096
+#: How long a thread that has its reply reads on at a time, while another thread can't get its request sent.
+_RELIEF_S = 0.005
+
+
+class _Waiter:
+    """A thread that sleeps until its condition holds, or until it is its turn to read."""
+
+    __slots__ = ("_gate", "_woken", "ready")
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        self.ready = ready
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._woken = False
+
+    def wake(self) -> None:
+        """Callers hold the table's lock."""
+        if not self._woken:
+            self._woken = True
+            self._gate.release()
+
+    def sleep(self, seconds: float | None) -> bool:
+        """False if nobody woke it."""
+        limit = threading.TIMEOUT_MAX if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX)
+        if not self._gate.acquire(timeout=limit):
+            return False
+        self._woken = False
+        return True
+
+
+class InFlight:
+    """The requests in flight on one channel. Threads may share it.
+
+    A thread sends under `_sending`, so that ids, the state the server keeps and the wire have one order, and
+    receives under `_reading`; `_table` guards the bookkeeping. Who holds `_sending` may take `_reading`, never
+    the other way round, and nothing is waited for under `_table`.
+    """
+
+    def __init__(self, channel: Any, max_in_flight: int) -> None:
+        self.round_trips = self.stale_replies = self.errors = self.busy_ns = 0
+        self._channel = channel
+        self._max_in_flight = max_in_flight
+        self._sending = threading.Lock()
+        self._reading = threading.Lock()
+        self._table = threading.RLock()  # a signal handler may close the client while its thread is in here
+        self._pending: dict[int, PendingCall[Any]] = {}
+        self._bytes = 0  # of the pending
+        self._lost: dict[int, None] = {}
+        self._waiters: list[_Waiter] = []
+        self._next_id = 1
+        self._busy_since_ns = 0
+        self._writing = False  # a thread is in the channel's send, and may need somebody to read
+        self._closed = False
+
+    def __len__(self) -> int:
+        """How many calls are in flight now, cancelled ones included, a blocking call alone on the channel not."""
+        return len(self._pending)
+
+    # --- calls ---------------------------------------------------------------------------------------------
+
+    def run(self, call: PendingCall[T], timeout: float | None) -> T:
+        """Sends a request and returns its result. Raises :class:`WaitTimeoutError` after ``timeout`` seconds."""
+        begin = time.perf_counter_ns()
+        with self._sending:
+            alone = not self._pending and self._reading.acquire(blocking=False)
+            if not alone:
+                self._submit(call, timeout)
+            else:
+                try:
+                    self._prepare(call)
+                    self._transmit(call, timeout)
+                except BaseException:
+                    self._reading.release()
+                    self._relieve()
+                    raise
+        return self._receive_alone(call, timeout, begin) if alone else self._finish(call, timeout, begin)
+
+    def submit(self, call: PendingCall[T], timeout: float | None) -> PendingCall[T]:
+        """Sends a request and returns it; waits for replies, ``timeout`` seconds, where too much is in flight."""
+        with self._sending:
+            self._submit(call, timeout)
+        return call
+
+    def cancel(self, call: PendingCall[Any]) -> bool:
+        """See :meth:`PendingCall.cancel`."""
+        with self._table:
+            if call.state == OPEN:
+                call.error = CancelledError("this call was cancelled; make it anew")
+                call.state = DROPPED
+                self._wake_ready()
+            return call.state == DROPPED
+
+    def wait_for(self, call: PendingCall[Any], timeout: float | None) -> None:
+        """Returns when the call is done; raises :class:`WaitTimeoutError` after ``timeout`` seconds."""
+        if not self._wait(call.done, timeout):
+            raise WaitTimeoutError(
+                f"no reply to request {call.request_id} in {timeout} s; it may still come, ask again"
+            )
+
+    def close(self) -> None:
+        """Ends every call with :class:`ClosedError`, this one's and those to come."""
+        self._closed = True
+        self._fail_all(ClosedError("this client was closed while a call was in flight; make a new one"))
+
+    # --- sending -------------------------------------------------------------------------------------------
+
+    def _prepare(self, call: PendingCall[Any]) -> None:
+        """Fixes the call's place in the order of sending. Callers hold `_sending`."""
+        if self._closed:
+            raise ClosedError("this client is closed; make a new one")
+        if call.history is not None:
+            call.shapes = call.history.plan()
+        call.request_id = self._next_id
+        self._next_id += 1
+
+    def _transmit(self, call: PendingCall[Any], timeout: float | None) -> None:
+        site = call.site
+        try:
+            self._channel.send(
+                call.tensors,
+                tag=site.method,
+                meta=call.meta,
+                request_id=call.request_id,
+                site=site.id,
+                index=call.index,
+                timeout=timeout,
+            )
+        except BaseException as error:
+            # A message that can't be encoded was not sent; of another fault nobody knows how far it got.
+            self._lose(call, Outcome.REFUSED if isinstance(error, MessageError) else Outcome.UNKNOWN)
+            raise
+
+    def _submit(self, call: PendingCall[Any], timeout: float | None) -> None:
+        """Sends a request of which the table knows. Callers hold `_sending`."""
+        self._prepare(call)
+        begin = time.perf_counter_ns()
+        nbytes = call.wire_bytes()
+        if not self._has_room(nbytes):
+            self._wait_for_room(call, nbytes, timeout)
+        self._enlist(call, begin, nbytes)
+        self._writing = True
+        try:
+            self._transmit(call, timeout)
+        finally:
+            self._writing = False
+        call.tensors = ()
+
+    def _has_room(self, nbytes: int) -> bool:
+        count = len(self._pending)
+        return not count or (count < self._max_in_flight and self._bytes + nbytes <= MAX_BYTES_IN_FLIGHT)
+
+    def _wait_for_room(self, call: PendingCall[Any], nbytes: int, timeout: float | None) -> None:
+        done = False
+        try:
+            done = self._wait(lambda: self._has_room(nbytes), timeout)
+        finally:
+            if not done:
+                self._lose(call, Outcome.REFUSED)  # it was not sent
+        if not done:
+            raise WaitTimeoutError(
+                f"{len(self._pending)} requests of {self._bytes} bytes are in flight and there was no room for another "
+                f"in {timeout} s; wait longer or look at the server"
+            )
+
+    # --- receiving -----------------------------------------------------------------------------------------
+
+    def _receive_alone(self, call: PendingCall[T], timeout: float | None, begin: int) -> T:
+        """The result of a call that nothing was in flight beside when it was sent, and of which the table need not
+        know. The caller holds `_reading`, which is released.
+        """
+        try:
+            reply = self._channel.recv(timeout)
+            if reply.request_id == call.request_id:
+                spent = time.perf_counter_ns() - begin
+                self.busy_ns += spent
+                self._settle(call, reply, spent)
+            else:
+                self._enlist(call, begin, 0)
+                self._deliver(reply)
+        except WaitTimeoutError:
+            self._lose(call, Outcome.UNKNOWN)
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
+            self._enlist(call, begin, 0)
+            self._fail_all(error)
+        except BaseException:
+            self._lose(call, Outcome.UNKNOWN)
+            raise
+        finally:
+            self._reading.release()
+            if self._waiters or self._writing:
+                self._relieve()
+        return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
+
+    def _finish(self, call: PendingCall[T], timeout: float | None, begin: int) -> T:
+        """The result of a call in the table; if it does not come in time, nobody will ask for it any more."""
+        spent_s = (time.perf_counter_ns() - begin) / 1e9
+        try:
+            self._wait(call.done, None if timeout is None else max(timeout - spent_s, 0.0))
+        finally:
+            with self._table:
+                late = call.state == OPEN
+                if late:
+                    self._lose(call, Outcome.UNKNOWN)
+        if late:
+            raise WaitTimeoutError(f"no reply to request {call.request_id} in {timeout} s")
+        return call.conclude()
+
+    def _wait(self, ready: Callable[[], bool], timeout: float | None) -> bool:
+        """Waits until ``ready()``, and while it is this thread's turn reads for all; False after ``timeout`` s."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiter: _Waiter | None = None
+        try:
+            while not ready():
+                if self._reading.acquire(blocking=False):
+                    try:
+                        return self._read_until(ready, deadline)
+                    finally:
+                        self._reading.release()
+                if waiter is None:
+                    waiter = _Waiter(ready)
+                    with self._table:
+                        self._waiters.append(waiter)
+                    continue  # look again: who leaves from now on sees this waiter
+                if not waiter.sleep(None if deadline is None else deadline - time.monotonic()):
+                    return ready()
+            return True
+        finally:
+            if waiter is not None:
+                with self._table:
+                    self._waiters.remove(waiter)
+            self._relieve()
+
+    def _read_until(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+        """Callers hold `_reading`."""
+        while not ready():
+            try:
+                self._deliver(self._channel.recv(None if deadline is None else max(deadline - time.monotonic(), 0.0)))
+            except WaitTimeoutError:
+                return ready()
+            except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
+                self._fail_all(error)
+        return True
+
+    def _relieve(self) -> None:
+        """Leaves the reading to the next thread. Where none waits, but one sends and has no room because the server
+        can't get rid of its replies, it goes on here until there is room: a sender that found somebody reading
+        does not read itself.
+        """
+        while self._writing and not self._waiters and not self._channel.can_send():
+            if not self._reading.acquire(blocking=False):
+                return
+            try:
+                self._deliver(self._channel.recv(_RELIEF_S))
+            except WaitTimeoutError:
+                pass
+            except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
+                self._fail_all(error)
+                return
+            finally:
+                self._reading.release()
+        if self._waiters:
+            with self._table:
+                if self._waiters and not self._reading.locked():
+                    self._waiters[0].wake()
+
+    # --- the table -----------------------------------------------------------------------------------------
+
+    def _deliver(self, reply: Any) -> None:
+        """Gives a reply to its call. Raises :class:`ProtocolError` if there is none. Callers hold `_reading`."""
+        request_id = reply.request_id
+        with self._table:
+            call = self._pending.get(request_id)
+            if call is not None:
+                self._delist(call)
+                if call.state == OPEN:
+                    self._settle(call, reply, time.perf_counter_ns() - call.begin_ns)
+                else:
+                    self.stale_replies += 1
+                    if call.history is not None:
+                        call.accept(reply)  # what it did to the server's state counts
+                self._wake_ready()
+            elif request_id in self._lost:
+                del self._lost[request_id]
+                self.stale_replies += 1
+            else:
+                fault = "a second time" if 0 < request_id < self._next_id else "which was never made"
+                raise ProtocolError(f"the server answered request {request_id}, {fault}")
+
+    def _settle(self, call: PendingCall[Any], reply: Any, spent_ns: int) -> None:
+        """Checks and counts the reply to a call. Callers hold `_reading`."""
+        site = call.site
+        call.accept(reply)
+        self.round_trips += 1
+        site.calls[0] += 1
+        times = site.times
+        if times is not None:
+            compute_ns = min(reply.compute_ns, spent_ns)  # the server may say anything
+            times[0] += 1
+            times[1] += spent_ns
+            times[2] += compute_ns
+            times[3] += min(reply.queue_ns, spent_ns - compute_ns)
+        if reply.status:
+            self.errors += 1
+        call.state = SETTLED
+
+    def _fail_all(self, error: Exception) -> None:
+        """Ends everything in flight: after this error nobody knows which reply was lost."""
+        with self._table:
+            for call in list(self._pending.values()):
+                self._lose(call, Outcome.UNKNOWN)
+                if call.state == OPEN:
+                    call.error = copy(error) if isinstance(error, TsqpError) else error
+                    call.state = SETTLED
+            self._wake_ready()
+
+    def _lose(self, call: PendingCall[Any], outcome: Outcome) -> None:
+        """Takes a call out; a reply that comes all the same will be dropped and counted."""
+        with self._table:
+            self._delist(call)
+            self._lost[call.request_id] = None
+            if len(self._lost) > _MAX_LOST:
+                del self._lost[next(iter(self._lost))]
+            if call.history is not None:
+                call.history.settle(outcome)
+                call.history = None
+            self._wake_ready()
+
+    def _enlist(self, call: PendingCall[Any], begin_ns: int, nbytes: int) -> None:
+        with self._table:
+            if not self._pending:
+                self._busy_since_ns = begin_ns
+            call.flight, call.begin_ns, call.nbytes = self, begin_ns, nbytes
+            self._pending[call.request_id] = call
+            self._bytes += nbytes
+
+    def _delist(self, call: PendingCall[Any]) -> None:
+        if self._pending.pop(call.request_id, None) is not None:
+            self._bytes -= call.nbytes
+            if not self._pending:
+                self.busy_ns += time.perf_counter_ns() - self._busy_since_ns
+
+    def _wake_ready(self) -> None:
+        for waiter in self._waiters:
+            if waiter.ready():
+                waiter.wake()

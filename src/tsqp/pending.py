@@ -1,0 +1,210 @@
+"""One remote call between its request and its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .calls import Shapes, Site, check_tensors, remote_error
+from .errors import ProtocolError, RemoteError, TsqpError
+from .kv_lengths import Outcome
+from .protocol import Status
+
+T = TypeVar("T")
+
+#: States of a call: unanswered; answered, or failed; its result made; given up.
+OPEN, SETTLED, CONCLUDED, DROPPED = range(4)
+
+
+class Flight(Protocol):
+    """Where a call is in flight; see ``in_flight``."""
+
+    def wait_for(self, call: PendingCall[Any], timeout: float | None) -> None: ...
+    def cancel(self, call: PendingCall[Any]) -> bool: ...
+
+
+class History(Protocol):
+    """What a call does to the state the server keeps; see ``kv_lengths``."""
+
+    broken: bool
+
+    def plan(self) -> Shapes: ...
+    def settle(self, outcome: Outcome) -> None: ...
+
+
+class PendingCall(Generic[T]):
+    """A request that was sent, and its result once the reply is there. Made by ``client.submit``.
+
+    Any thread may wait for it, several together too. The reply is checked exactly as that of a blocking call.
+    """
+
+    # Without an underscore: for the table it is in.
+    __slots__ = (
+        "_cast",
+        "_dtype",
+        "_finish",
+        "_reply",
+        "_single",
+        "_value",
+        "begin_ns",
+        "error",
+        "flight",
+        "history",
+        "index",
+        "meta",
+        "nbytes",
+        "request_id",
+        "shapes",
+        "site",
+        "state",
+        "tensors",
+    )
+
+    flight: Flight
+    request_id: int
+    begin_ns: int
+    nbytes: int
+    _value: Any
+
+    def __init__(
+        self,
+        site: Site,
+        tensors: Sequence[Tensor],
+        shapes: Shapes | None,
+        dtype: torch.dtype | None,
+        single: bool = False,
+        cast: torch.dtype | None = None,
+        *,
+        meta: bytes | None = None,
+        index: int | None = None,
+        finish: Callable[[Any], T] | None = None,
+        history: History | None = None,
+    ) -> None:
+        """``shapes`` and ``dtype`` of the reply's tensors are what is checked, None: ``finish`` does. The result
+        is the tensors, as ``cast`` where given, or the first of them (``single``), or ``finish(reply)``, which
+        may be asked twice.
+        """
+        self.site = site
+        self.index = site.next_index() if index is None else index
+        self.history = history
+        self.tensors = tensors
+        self.shapes, self._dtype = shapes, dtype
+        self.meta = site.meta if meta is None else meta
+        self._single, self._cast, self._finish = single, cast, finish
+        self.error: BaseException | None = None
+        self.state = OPEN
+
+    # --- for users -----------------------------------------------------------------------------------------
+
+    def done(self) -> bool:
+        """True once :meth:`result` would not wait. It does not look for the reply: somebody has to wait for one."""
+        return self.state != OPEN
+
+    def result(self, timeout: float | None = None) -> T:
+        """The call's result, after at most ``timeout`` seconds (None: however long it takes).
+
+        Raises what the blocking call would, :class:`WaitTimeoutError` when the time is over, after which it
+        may be asked again, and ``CancelledError`` after :meth:`cancel`.
+        """
+        if self.state == OPEN:
+            self.flight.wait_for(self, timeout)
+        return self.conclude()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What :meth:`result` raises, or None; waits, times out and is cancelled as that."""
+        if self.state == OPEN:
+            self.flight.wait_for(self, timeout)
+        try:
+            self.conclude()
+        except CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the result
+            return error
+        return None
+
+    def cancel(self) -> bool:
+        """Gives the result up; False if it is there already.
+
+        A request on its way can't be called back: the server answers it, and the reply is dropped and counted
+        (``stale_replies``). What it does to the server's K and V it does.
+        """
+        return self.flight.cancel(self)
+
+    def cancelled(self) -> bool:
+        """True after a :meth:`cancel` that was in time."""
+        return self.state == DROPPED
+
+    def __repr__(self) -> str:
+        state = ("in flight", "done", "done", "cancelled")[self.state]
+        return f"<tsqp.PendingCall {self.request_id}, {state}>"
+
+    # --- for the table -------------------------------------------------------------------------------------
+
+    def accept(self, reply: Any) -> None:
+        """Takes the reply; what is wrong with it becomes the call's error."""
+        if self.history is not None:
+            self._accept_scores(reply, self.history)
+            return
+        try:
+            self._check(reply)
+        except TsqpError as error:
+            self.error = error
+        self._reply = reply
+
+    def _check(self, reply: Any) -> None:
+        if reply.tag != self.site.method:
+            raise ProtocolError(
+                f"request {reply.request_id} of method {self.site.method} was answered as method {reply.tag}"
+            )
+        if reply.status:
+            raise remote_error(reply)
+        if self.shapes is not None:
+            check_tensors(reply, self.shapes, self._dtype)
+
+    def _accept_scores(self, reply: Any, history: History) -> None:
+        outcome = Outcome.DONE
+        try:
+            self._check(reply)
+            if history.broken:
+                self.error = RemoteError(
+                    "an earlier request that was in flight, which this one builds upon, was refused; send both again "
+                    "with keep=",
+                    Status.BAD_REQUEST,
+                )
+        except RemoteError as error:
+            self.error, outcome = error, Outcome.REFUSED
+        except TsqpError as error:
+            self.error, outcome = error, Outcome.UNKNOWN
+        history.settle(outcome)
+        self._reply = reply
+
+    def conclude(self) -> T:
+        """The result of a call that is done."""
+        if self.error is not None:
+            raise self.error
+        if self.state == CONCLUDED:
+            return self._value
+        value: Any
+        if self._finish is not None:
+            value = self._finish(self._reply)
+        else:
+            value = self._reply.tensors
+            if self._cast is not None:
+                value = [tensor.to(self._cast) for tensor in value]
+            if self._single:
+                value = value[0]
+        self._value = value
+        self.state = CONCLUDED
+        return value
+
+    def wire_bytes(self) -> int:
+        """Bytes of the request's and the expected reply's tensors."""
+        nbytes = sum(tensor.nbytes for tensor in self.tensors)
+        if self.shapes is not None and self._dtype is not None:
+            nbytes += sum(math.prod(shape) for shape in self.shapes) * self._dtype.itemsize
+        return nbytes
