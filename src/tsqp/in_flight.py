@@ -65,6 +65,7 @@ class InFlight:
     def __init__(self, channel: Any, max_in_flight: int) -> None:
         self.round_trips = self.stale_replies = self.errors = self.busy_ns = 0
         self._channel = channel
+        self._send, self._recv = channel.send, channel.recv
         self._max_in_flight = max_in_flight
         self._sending = threading.Lock()
         self._reading = threading.Lock()
@@ -87,18 +88,16 @@ class InFlight:
     def run(self, call: PendingCall[T], timeout: float | None) -> T:
         """Sends a request and returns its result. Raises :class:`WaitTimeoutError` after ``timeout`` seconds."""
         begin = time.perf_counter_ns()
-        with self._sending:
-            alone = not self._pending and self._reading.acquire(blocking=False)
-            if not alone:
-                self._submit(call, timeout)
+        # acquire and release, here and below: a with statement costs twice as much.
+        self._sending.acquire()
+        try:
+            alone = not self._pending and self._reading.acquire(False)
+            if alone:
+                self._send_alone(call, timeout)
             else:
-                try:
-                    self._prepare(call)
-                    self._transmit(call, timeout)
-                except BaseException:
-                    self._reading.release()
-                    self._relieve()
-                    raise
+                self._submit(call, timeout)
+        finally:
+            self._sending.release()
         return self._receive_alone(call, timeout, begin) if alone else self._finish(call, timeout, begin)
 
     def submit(self, call: PendingCall[T], timeout: float | None) -> PendingCall[T]:
@@ -139,10 +138,20 @@ class InFlight:
         call.request_id = self._next_id
         self._next_id += 1
 
+    def _send_alone(self, call: PendingCall[Any], timeout: float | None) -> None:
+        """Callers hold `_reading` too, which is released if this fails."""
+        try:
+            self._prepare(call)
+            self._transmit(call, timeout)
+        except BaseException:
+            self._reading.release()
+            self._relieve()
+            raise
+
     def _transmit(self, call: PendingCall[Any], timeout: float | None) -> None:
         site = call.site
         try:
-            self._channel.send(
+            self._send(
                 call.tensors,
                 tag=site.method,
                 meta=call.meta,
@@ -195,7 +204,7 @@ class InFlight:
         know. The caller holds `_reading`, which is released.
         """
         try:
-            reply = self._channel.recv(timeout)
+            reply = self._recv(timeout)
             if reply.request_id == call.request_id:
                 spent = time.perf_counter_ns() - begin
                 self.busy_ns += spent
@@ -261,7 +270,7 @@ class InFlight:
         """Callers hold `_reading`."""
         while not ready():
             try:
-                self._deliver(self._channel.recv(None if deadline is None else max(deadline - time.monotonic(), 0.0)))
+                self._deliver(self._recv(None if deadline is None else max(deadline - time.monotonic(), 0.0)))
             except WaitTimeoutError:
                 return ready()
             except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
@@ -277,7 +286,7 @@ class InFlight:
             if not self._reading.acquire(blocking=False):
                 return
             try:
-                self._deliver(self._channel.recv(_RELIEF_S))
+                self._deliver(self._recv(_RELIEF_S))
             except WaitTimeoutError:
                 pass
             except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
@@ -321,11 +330,14 @@ class InFlight:
         site.calls[0] += 1
         times = site.times
         if times is not None:
-            compute_ns = min(reply.compute_ns, spent_ns)  # the server may say anything
             times[0] += 1
             times[1] += spent_ns
+            compute_ns, queue_ns = reply.compute_ns, reply.queue_ns
+            if compute_ns + queue_ns > spent_ns:  # the server may say anything
+                compute_ns = min(compute_ns, spent_ns)
+                queue_ns = min(queue_ns, spent_ns - compute_ns)
             times[2] += compute_ns
-            times[3] += min(reply.queue_ns, spent_ns - compute_ns)
+            times[3] += queue_ns
         if reply.status:
             self.errors += 1
         call.state = SETTLED

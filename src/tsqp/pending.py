@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -157,14 +157,17 @@ class PendingCall(Generic[T]):
         self._reply = reply
 
     def _check(self, reply: Any) -> None:
+        if reply.status or reply.tag != self.site.method:
+            self._refuse(reply)
+        if self.shapes is not None:
+            check_tensors(reply, self.shapes, self._dtype)
+
+    def _refuse(self, reply: Any) -> NoReturn:
         if reply.tag != self.site.method:
             raise ProtocolError(
                 f"request {reply.request_id} of method {self.site.method} was answered as method {reply.tag}"
             )
-        if reply.status:
-            raise remote_error(reply)
-        if self.shapes is not None:
-            check_tensors(reply, self.shapes, self._dtype)
+        raise remote_error(reply)
 
     def _accept_scores(self, reply: Any, history: History) -> None:
         outcome = Outcome.DONE

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import stat
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,7 +20,6 @@ from . import config
 from .errors import (
     ClosedError,
     ConfigError,
-    EndpointError,
     MessageError,
     MessageTooLargeError,
     PeerDiedError,
@@ -43,9 +37,11 @@ from .protocol import (
     METHOD_NAMES,
     METHOD_OPERATORS,
     PROTECTION_LINE,
+    Method,
     Status,
 )
 from .server_ops import Operators
+from .serving import make_default_directory, stop_signals
 from .sessions import Session
 from .telemetry import Telemetry, print_stats, sum_transfers
 
@@ -58,7 +54,6 @@ _REPLY_TIMEOUT_S = 5.0
 #: The first and the longest pause while every client with a request takes no replies.
 _BLOCKED_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _CLIENT_FAULTS = (PeerDiedError, ClosedError, MessageError, RingCorruptedError, WaitTimeoutError)
-_OPERATORS = {int(method): operator for method, operator in METHOD_OPERATORS.items()}
 _NAMES = {int(method): name for method, name in METHOD_NAMES.items()}
 
 
@@ -114,8 +109,9 @@ class GPUServer:
         self._kv_limit_bytes = kv_limit_bytes
         self._served = load_model(model_or_path, device, dtype, progress)
         self._operators = Operators(self._served, reply_limit_bytes)
-        self._handlers = self._operators.handlers
         self.telemetry = Telemetry()
+        #: By tag: what answers a request, and the telemetry's rows of the method and of its operator.
+        self._methods = {tag: (handler, *self._rows(tag)) for tag, handler in self._operators.handlers.items()}
         self._sessions: dict[Any, Session] = {}
         self._past_transfers = sum_transfers(())
         self._clients_seen = self._errors = self._busy_ns = 0
@@ -135,7 +131,7 @@ class GPUServer:
         signal does what it did before this call. After :meth:`start` this only waits for the background
         thread.
         """
-        with _signals(self._request_stop):
+        with stop_signals(self._request_stop):
             if self._thread is not None:
                 while self._thread.is_alive():
                     self._thread.join(_WAIT_S)
@@ -209,7 +205,7 @@ class GPUServer:
         self._stopping = False
         if self._served.device.type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             log.warning("set OMP_WAIT_POLICY=passive: torch's idle threads starve a runner on the same cores")
-        _make_default_directory(config.parse_endpoint(self.endpoint))
+        make_default_directory(config.parse_endpoint(self.endpoint))
         self._listener = listen(self.endpoint, **self._listen_options)
         self.endpoint = self._listener.endpoint
         log.info("serving at %s; protection: %s", self.endpoint, PROTECTION_LINE)
@@ -227,8 +223,14 @@ class GPUServer:
         finally:
             self._close()
 
+    def _rows(self, tag: int) -> tuple[list[int], list[int] | None]:
+        method = Method(tag)
+        operator = METHOD_OPERATORS.get(method)
+        return self.telemetry.counter(METHOD_NAMES[method]), None if operator is None else self.telemetry.row(operator)
+
     def _turn_all(self, ready: list[Any]) -> None:
         """Admits new clients, then answers one request of each client that has one."""
+        now = time.perf_counter_ns()
         while (channel := self._listener.accept_nowait()) is not None:
             self._sessions[channel] = Session(channel, self._served.geometry, self._kv_limit_bytes)
             self._clients_seen += 1
@@ -237,15 +239,15 @@ class GPUServer:
         for channel in ready:
             if self._stopping:
                 return
-            progress |= self._turn(channel)
+            progress |= self._turn(channel, now)
         if progress:
             self._pause_s = _BLOCKED_PAUSE_S
         else:
             time.sleep(self._pause_s)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
-    def _turn(self, channel: Any) -> bool:
-        """Answers one request of a client; False if there is no room for its reply."""
+    def _turn(self, channel: Any, ready_ns: int) -> bool:
+        """Answers one request of a client, which was seen at ``ready_ns``; False if there is no room for its reply."""
         session = self._sessions.get(channel)
         if session is None:
             return True
@@ -253,14 +255,15 @@ class GPUServer:
             # Not read before its reply has room: a client that takes no replies must not block the others.
             sending = channel.sending
             if not channel.can_send():
+                session.seen_ns = session.seen_ns or ready_ns
                 return sending  # the wait ends when there is room for more of a large reply
-            lease = channel.recv_nowait(lease=True)
+            lease = channel.recv_nowait()
             if lease is None:
                 return True  # a large message is announced and still on its way
-            begin = time.perf_counter_ns()
-            with lease as msg:
-                self._answer(session, msg)
-            self._busy_ns += time.perf_counter_ns() - begin
+            try:
+                self._answer(session, lease.message, ready_ns)
+            finally:
+                lease.release()
         except _CLIENT_FAULTS as error:
             self._drop(session, error)
         except Exception as error:
@@ -268,16 +271,18 @@ class GPUServer:
             self._drop(session, error)
         return True
 
-    def _answer(self, session: Session, msg: Any) -> None:
+    def _answer(self, session: Session, msg: Any, ready_ns: int) -> None:
         """Computes and sends the reply to one request; raises only what ends the client's connection."""
-        tag = msg.tag
-        session.requests += 1
         begin = time.perf_counter_ns()
+        queue_ns = begin - (session.seen_ns or ready_ns)
+        channel, tag = session.channel, msg.tag
+        session.seen_ns = begin if session.pipelines and channel.poll() else 0
+        session.requests += 1
         try:
-            handler = self._handlers.get(tag)
-            if handler is None:
+            method = self._methods.get(tag)
+            if method is None:
                 raise RemoteError(f"method {tag} is unknown", Status.UNKNOWN_METHOD)
-            tensors, meta = handler(session, msg)
+            tensors, meta = method[0](session, msg)
         except RemoteError as error:
             self._refuse(session, msg, str(error), error.code)
             return
@@ -288,7 +293,7 @@ class GPUServer:
             return
         compute_ns = time.perf_counter_ns() - begin
         try:
-            session.channel.send(
+            channel.send(
                 tensors,
                 tag=tag,
                 meta=meta,
@@ -297,15 +302,24 @@ class GPUServer:
                 index=msg.index,
                 timeout=_REPLY_TIMEOUT_S,
                 compute_ns=compute_ns,
+                queue_ns=queue_ns,
                 transfer=True,  # fresh results: a large one need not be waited for
             )
         except MessageTooLargeError as error:
             self._refuse(session, msg, f"the reply is too large for a message: {error}", Status.LIMIT)
             return
-        operator = _OPERATORS.get(tag)
-        if operator is not None:
-            self.telemetry.add(operator, compute_ns)
-        self.telemetry.count(_NAMES[tag])
+        # The client has its reply: from here on the time is not its.
+        _, calls, times = method
+        calls[0] += 1
+        if times is not None:
+            times[0] += 1
+            times[1] += compute_ns
+            times[3] += queue_ns
+        end = time.perf_counter_ns()
+        self._busy_ns += end - begin
+        session.pipelines = not channel.sending and channel.poll()
+        if session.pipelines and not session.seen_ns:
+            session.seen_ns = end
 
     def _refuse(self, session: Session, msg: Any, text: str, status: int) -> None:
         session.errors += 1
@@ -351,19 +365,6 @@ class GPUServer:
             log.info("client %s left while the server stopped: %s", channel.peer, error)
 
 
-def _make_default_directory(endpoint: config.Endpoint) -> None:
-    """Makes the directory of default sockets, this user's alone; refuses one that somebody else put there."""
-    directory = config.socket_directory()
-    if endpoint.scheme != "ipc" or os.path.dirname(endpoint.path) != str(directory):
-        return
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise EndpointError(
-            f"{directory} is not a directory of mode 0700 that belongs to you; remove it or name another endpoint"
-        )
-
-
 def _operator_fault(error: Exception, tag: int) -> tuple[str, Status]:
     """The sentence and status for what torch raised; its own text may hold values, so none of it is passed on."""
     name = _NAMES.get(tag, str(tag))
@@ -373,29 +374,3 @@ def _operator_fault(error: Exception, tag: int) -> tuple[str, Status]:
     if out_of_memory:
         return f"{name}: the server has too little memory; send fewer rows per request", Status.OUT_OF_MEMORY
     return f"{name} failed on the server ({type(error).__name__}); its log has the cause", Status.INTERNAL
-
-
-@contextmanager
-def _signals(stop: Any) -> Iterator[None]:
-    """Lets the first SIGINT or SIGTERM call ``stop``, in the main thread only; restores the handlers in force
-    before.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        restore()
-        stop()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()

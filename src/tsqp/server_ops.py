@@ -32,11 +32,20 @@ from .protocol import (
 from .sessions import Session
 
 Reply = tuple[list[torch.Tensor], dict[str, Any] | None]
-#: Distinct metas remembered, and the bytes of the longest one remembered: a client can send any number of
-#: them.
-_CACHED_METAS = 4096
-_CACHED_META_BYTES = 1024
 _FLOATS = frozenset(FLOAT_NAMES)
+
+
+class LinearTarget:
+    """Linear modules of one input width that are called together."""
+
+    __slots__ = ("modules", "outs", "passed", "width")
+
+    def __init__(self, modules: tuple[ServedModule, ...], width: int) -> None:
+        self.modules = modules
+        self.width = width
+        self.outs = sum(module.info.out_features for module in modules)
+        #: The dtype and shape that passed the checks last; they depend on nothing else.
+        self.passed: tuple[torch.dtype | None, torch.Size | None] = (None, None)
 
 
 class Operators:
@@ -52,9 +61,9 @@ class Operators:
         self._on_cpu = served.device.type == "cpu"
         self._dtype = served.dtype
         self._reply_limit_bytes = reply_limit_bytes
-        self._resolved: dict[tuple[int, bytes], Any] = {}
         self._init_reply = model_info.pack(served.info)
-        self._head = served.modules.get(served.info.lm_head)
+        head = served.modules.get(served.info.lm_head)
+        self._head = None if head is None else LinearTarget((head,), head.info.in_features)
         self._probe = _probe(served)
         self._started = time.monotonic()
         self.handlers: dict[int, Callable[[Session, Any], Reply]] = {
@@ -79,7 +88,7 @@ class Operators:
 
     def embedding(self, session: Session, msg: Any) -> Reply:
         """ids int64 [..] to rows of the embedding [.., out], in the dtype the meta names."""
-        module, wire = self._cached(msg, self._embedding_target)
+        module, wire = self._target(session, msg, self._embedding_target)
         (ids,) = _tensors(msg, 1)
         if ids.dtype is not torch.int64:
             raise RemoteError(f"token ids are {ids.dtype}; send torch.int64", Status.BAD_DTYPE)
@@ -97,9 +106,9 @@ class Operators:
 
     def batch_linear(self, session: Session, msg: Any) -> Reply:
         """h [.., in] through one or several linear modules, each to [.., out_i]."""
-        modules, width, outs = self._cached(msg, self._linear_targets)
+        target = self._target(session, msg, self._linear_target)
         (h,) = _tensors(msg, 1)
-        return self._linear(h, modules, width, outs), None
+        return self._linear(h, target), None
 
     def lm_head(self, session: Session, msg: Any) -> Reply:
         """h [.., in] through the model's output embedding to [.., vocab]."""
@@ -107,7 +116,7 @@ class Operators:
         if head is None:
             raise RemoteError("the model has no LM head", Status.UNKNOWN_MODULE)
         (h,) = _tensors(msg, 1)
-        return self._linear(h, (head,), head.info.in_features, head.info.out_features), None
+        return self._linear(h, head), None
 
     def matmul(self, session: Session, msg: Any) -> Reply:
         """a, b to ``torch.matmul(a, b)``, batch dimensions broadcast."""
@@ -146,7 +155,7 @@ class Operators:
 
     def attention_values(self, session: Session, msg: Any) -> Reply:
         """probs [B, H, Q, S] times the layer's V to [B, H, Q, D]."""
-        layer = self._cached(msg, self._layer_target)
+        layer = self._target(session, msg, self._layer_target)
         (probs,) = _tensors(msg, 1)
         wire = _wire_dtype(probs)
         cache = session.layer(layer)
@@ -193,19 +202,16 @@ class Operators:
 
     # --- targets named by a meta ---------------------------------------------------------------------------
 
-    def _cached(self, msg: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
-        """What the request's meta names, resolved once per distinct meta."""
-        key = (msg.tag, msg.meta_bytes)
-        found = self._resolved.get(key)
+    def _target(self, session: Session, msg: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
+        """What the request's meta names, read and resolved once per distinct meta of a client."""
+        tag, meta = msg.tag, msg.meta_bytes
+        found = session.targets.get((tag, meta))
         if found is None:
             found = resolve(_meta(msg))
-            if len(key[1]) <= _CACHED_META_BYTES:
-                if len(self._resolved) >= _CACHED_METAS:
-                    self._resolved.clear()
-                self._resolved[key] = found
+            session.remember(tag, meta, found)
         return found
 
-    def _linear_targets(self, meta: dict[str, Any]) -> Any:
+    def _linear_target(self, meta: dict[str, Any]) -> LinearTarget:
         names = meta.get("modules")
         if not isinstance(names, list) or not 1 <= len(names) <= MAX_MODULES_PER_CALL:
             raise RemoteError(f"meta 'modules' is no list of 1 to {MAX_MODULES_PER_CALL} names", Status.BAD_REQUEST)
@@ -217,7 +223,7 @@ class Operators:
         widths = {module.info.in_features for module in modules}
         if len(widths) > 1:
             raise RemoteError(f"the modules take different inputs: {sorted(widths)} features", Status.BAD_SHAPE)
-        return modules, widths.pop(), sum(module.info.out_features for module in modules)
+        return LinearTarget(modules, widths.pop())
 
     def _embedding_target(self, meta: dict[str, Any]) -> Any:
         wire = meta.get("dtype")
@@ -250,20 +256,28 @@ class Operators:
 
     # --- checks and conversions ----------------------------------------------------------------------------
 
-    def _linear(self, h: torch.Tensor, modules: tuple[ServedModule, ...], width: int, outs: int) -> list[torch.Tensor]:
-        wire = _wire_dtype(h)
-        shape = h.shape
+    def _linear(self, h: torch.Tensor, target: LinearTarget) -> list[torch.Tensor]:
+        wire, passed = h.dtype, target.passed
+        if wire is not passed[0] or h.shape != passed[1]:
+            self._check_linear(h, target)
+            target.passed = (wire, h.shape)
+        on_cpu = self._on_cpu
+        x = h if on_cpu else h.to(self._device)
+        replies = []
+        for module in target.modules:
+            # A test for the dtype costs less than torch's conversion that turns out to be none.
+            out = module.call(x if wire is module.dtype else x.to(module.dtype))
+            replies.append(out if on_cpu and out.dtype is wire else self._out(out, wire))
+        return replies
+
+    def _check_linear(self, h: torch.Tensor, target: LinearTarget) -> None:
+        wire, shape, width = _wire_dtype(h), h.shape, target.width
         if not shape or shape[-1] != width:
             raise RemoteError(
-                f"input of {modules[0].name} has shape {list(shape)}, expected [.., {width}]",
+                f"input of {target.modules[0].name} has shape {list(shape)}, expected [.., {width}]",
                 Status.BAD_SHAPE,
             )
-        self._check_reply(h.numel() // width * outs, wire, len(shape))
-        x = h if self._on_cpu else h.to(self._device)
-        # A test for the dtype costs less than torch's conversion that turns out to be none.
-        return [
-            self._out(module.call(x if x.dtype is module.dtype else x.to(module.dtype)), wire) for module in modules
-        ]
+        self._check_reply(h.numel() // width * target.outs, wire, len(shape))
 
     def _check_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         geometry = self._served.geometry

@@ -1,4 +1,5 @@
-"""What the server remembers of one client: its channel and, per layer, K and V of earlier positions.
+"""What the server remembers of one client: its channel, what its metas name and, per layer, K and V of earlier
+positions.
 
 K and V never travel twice: a request brings those of its new positions, the earlier ones stay here. A change
 is made in two steps. :meth:`LayerCache.extended` returns a new cache and leaves the old one as it was,
@@ -15,6 +16,10 @@ import torch
 from .errors import RemoteError
 from .protocol import AttentionGeometry, Status
 
+#: Distinct metas remembered per client, and the bytes of the longest one remembered: a client can send any
+#: number of them.
+_REMEMBERED_METAS = 4096
+_REMEMBERED_META_BYTES = 1024
 #: Positions of room a new or grown cache gets at least.
 _SPARE_POSITIONS = 64
 
@@ -116,7 +121,18 @@ def _check_budget(nbytes: int, budget: int) -> None:
 class Session:
     """One connected client on the server."""
 
-    __slots__ = ("_layers", "channel", "errors", "geometry", "kv_bytes", "kv_limit_bytes", "requests")
+    __slots__ = (
+        "_layers",
+        "channel",
+        "errors",
+        "geometry",
+        "kv_bytes",
+        "kv_limit_bytes",
+        "pipelines",
+        "requests",
+        "seen_ns",
+        "targets",
+    )
 
     def __init__(self, channel: Any, geometry: AttentionGeometry, kv_limit_bytes: int) -> None:
         self.channel = channel
@@ -125,7 +141,20 @@ class Session:
         self.kv_bytes = 0
         self.requests = 0
         self.errors = 0
+        #: What (method, meta) of earlier requests named; to be added to by :meth:`remember`.
+        self.targets: dict[tuple[int, bytes], Any] = {}
+        #: Since when the next request is known to wait, in ns of perf_counter; 0 where none is known of.
+        self.seen_ns = 0
+        #: The client sends requests before it has the replies to earlier ones.
+        self.pipelines = False
         self._layers: dict[int, LayerCache] = {}
+
+    def remember(self, method: int, meta: bytes, target: Any) -> None:
+        """Keeps what a meta named, so that it is read and resolved once; forgets everything when there is too much."""
+        if len(meta) <= _REMEMBERED_META_BYTES:
+            if len(self.targets) >= _REMEMBERED_METAS:
+                self.targets.clear()
+            self.targets[method, meta] = target
 
     def layer(self, layer: int) -> LayerCache | None:
         """The layer's cache, if it has one."""
