@@ -171,6 +171,8 @@ class PendingCall(Generic[T]):
 
     def _accept_scores(self, reply: Any, history: History) -> None:
         outcome = Outcome.DONE
+        if history.broken:
+            self.shapes = None  # they were reckoned on another state of the server
         try:
             self._check(reply)
             if history.broken:
