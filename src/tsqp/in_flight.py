@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError
 from copy import copy
 from typing import Any, TypeVar
 
-from .errors import ClosedError, MessageError, ProtocolError, TsqpError, WaitTimeoutError
+from .errors import ClosedError, MessageError, PeerDiedError, ProtocolError, TsqpError, WaitTimeoutError
 from .kv_lengths import Outcome
 from .pending import DROPPED, OPEN, SETTLED, PendingCall
 
@@ -77,7 +77,7 @@ class InFlight:
         self._next_id = 1
         self._busy_since_ns = 0
         self._writing = False  # a thread is in the channel's send, and may need somebody to read
-        self._closed = False
+        self._end: TsqpError | None = None  # why there is no connection any more
 
     def __len__(self) -> int:
         """How many calls are in flight now, cancelled ones included, a blocking call alone on the channel not."""
@@ -123,16 +123,15 @@ class InFlight:
             )
 
     def close(self) -> None:
-        """Ends every call with :class:`ClosedError`, this one's and those to come."""
-        self._closed = True
-        self._fail_all(ClosedError("this client was closed while a call was in flight; make a new one"))
+        """Ends every call with :class:`ClosedError`, those to come too."""
+        self._fail_all(ClosedError("this client is closed; make a new one"))
 
     # --- sending -------------------------------------------------------------------------------------------
 
     def _prepare(self, call: PendingCall[Any]) -> None:
         """Fixes the call's place in the order of sending. Callers hold `_sending`."""
-        if self._closed:
-            raise ClosedError("this client is closed; make a new one")
+        if self._end is not None:
+            raise copy(self._end)
         if call.history is not None:
             call.shapes = call.history.plan()
         call.request_id = self._next_id
@@ -345,6 +344,8 @@ class InFlight:
     def _fail_all(self, error: Exception) -> None:
         """Ends everything in flight: after this error nobody knows which reply was lost."""
         with self._table:
+            if isinstance(error, (ClosedError, PeerDiedError)):
+                self._end = self._end or error
             for call in list(self._pending.values()):
                 self._lose(call, Outcome.UNKNOWN)
                 if call.state == OPEN:

@@ -141,7 +141,7 @@ class PendingCall(Generic[T]):
 
     def __repr__(self) -> str:
         state = ("in flight", "done", "done", "cancelled")[self.state]
-        return f"<tsqp.PendingCall {self.request_id}, {state}>"
+        return f"<PendingCall {self.request_id}, {state}>"
 
     # --- for the table -------------------------------------------------------------------------------------
 

@@ -1,0 +1,471 @@
+"""Requests in flight to servers that answer late, twice, in any order, wrongly or not at all."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rpc_support import (
+    GEOMETRY,
+    HIDDEN,
+    PATIENCE_S,
+    VOCAB,
+    LyingServer,
+    client_of,
+    endpoint_in,
+    until,
+)
+
+from tsqp.calls import Site
+from tsqp.client import GPUClient
+from tsqp.errors import (
+    ClosedError,
+    ConfigError,
+    MessageError,
+    PeerDiedError,
+    ProtocolError,
+    RemoteError,
+    WaitTimeoutError,
+)
+from tsqp.in_flight import InFlight
+from tsqp.kv_lengths import Change, KvLengths, Outcome, Reset
+from tsqp.pending import PendingCall
+from tsqp.protocol import Method
+from tsqp.telemetry import Telemetry
+
+#: Rows of which the reply has no room in a slot of the fake server, and takes ZeroMQ.
+LARGE_ROWS = GEOMETRY["max_chunk_bytes"] // (4 * VOCAB) + 10
+
+
+class Holding:
+    """Keeps requests until there are ``count``, then answers them in the order ``order`` gives: indices, of which
+    some may come twice or be left out.
+    """
+
+    def __init__(self, count: int = 0, order=()) -> None:
+        self.expect(count, order)
+
+    def expect(self, count: int, order) -> None:
+        self.held: list = []
+        self.count, self.order = count, list(order)
+
+    def __call__(self, msg):
+        if msg.tag == Method.INIT:
+            return None
+        # The payload of the request comes back in every element of the reply: each request has its own.
+        self.held.append((msg.request_id, msg.tag, msg.tensors[0][:, :1].expand(-1, VOCAB).clone()))
+        if len(self.held) < self.count:
+            return []
+        replies = [{"request_id": rid, "tag": tag, "tensors": [out]} for rid, tag, out in self.held]
+        return [replies[index] for index in self.order]
+
+
+def head_of(number: int, rows: int = 1) -> torch.Tensor:
+    return torch.full((rows, HIDDEN), float(number))
+
+
+def answer_of(number: int, rows: int = 1) -> torch.Tensor:
+    return torch.full((rows, VOCAB), float(number))
+
+
+@pytest.mark.watchdog(90)
+def test_replies_in_any_order_find_their_calls(tmp_path):
+    """Large replies travel by ZeroMQ, small ones by the ring, and results are asked for in a third order."""
+    server = Holding()
+
+    @st.composite
+    def cases(draw):
+        sizes = draw(st.lists(st.sampled_from([1, 1, 2, LARGE_ROWS]), min_size=1, max_size=4))  # as many as slots
+        numbers = list(range(len(sizes)))
+        return sizes, draw(st.permutations(numbers)), draw(st.permutations(numbers)), draw(st.sets(st.integers(0, 3)))
+
+    with LyingServer(endpoint_in(tmp_path), server) as running, client_of(running) as client:
+        client.init()
+
+        @settings(max_examples=120, deadline=None, database=None, derandomize=True)
+        @given(cases())
+        def check(case):
+            sizes, answered, asked, cancelled = case
+            last = len(sizes)
+            server.expect(last + 1, [*answered, last])
+            stale = client.stale_replies
+            calls = []
+            for number, rows in enumerate(sizes):
+                calls.append(client.submit.lm_head(head_of(number, rows)))
+            final = client.submit.lm_head(head_of(7))
+            dropped = [number for number in range(len(sizes)) if number in cancelled]
+            for number in dropped:
+                assert calls[number].cancel()
+            for number in asked:
+                if number not in dropped:
+                    assert torch.equal(calls[number].result(PATIENCE_S), answer_of(number, sizes[number]))
+            assert torch.equal(final.result(PATIENCE_S), answer_of(7))
+            assert client.stale_replies == stale + len(dropped)
+            assert client.stats["in_flight"] == 0
+
+        check()
+        assert client.stats["zmq_transfers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"request_id": 99}, "answered request 99, which was never made"),
+        ({"request_id": 0}, "answered request 0, which was never made"),
+        ({"request_id": 1}, "answered request 1, a second time"),  # Init's
+        ({"request_id": 2}, "answered request 2, a second time"),
+    ],
+)
+def test_a_reply_nobody_waits_for_ends_what_is_in_flight(tmp_path, wrong, words):
+    seen = []
+
+    def answer(msg):
+        if msg.tag == Method.INIT:
+            return None
+        seen.append(msg.request_id)
+        right = {"tensors": [answer_of(len(seen))], "tag": Method.LM_HEAD}
+        if len(seen) < 4:
+            return []
+        if len(seen) > 4:
+            return right
+        replies = [{"request_id": number, **right} for number in seen]
+        return [replies[0], {**right, **wrong}, *replies[1:]]
+
+    with LyingServer(endpoint_in(tmp_path), answer) as server, client_of(server) as client:
+        calls = [client.submit.lm_head(head_of(number)) for number in range(4)]
+        assert torch.equal(calls[0].result(), answer_of(4))
+        errors = [call.exception() for call in calls[1:]]
+        assert all(isinstance(error, ProtocolError) and words in str(error) for error in errors)
+        assert len({id(error) for error in errors}) == 3
+        assert torch.equal(client.lm_head(head_of(0)), answer_of(5))  # after the three that came late
+        assert client.stale_replies == 3
+        assert client.stats["in_flight"] == 0
+
+
+def test_a_wrong_reply_fails_its_call_alone(tmp_path):
+    lies = iter(
+        [
+            {"tensors": [answer_of(0)]},
+            {"tensors": [answer_of(1).double()]},
+            {"tensors": [answer_of(2, 2)]},
+            {"tensors": [answer_of(3)], "tag": Method.MATMUL},
+            {"status": 8, "meta": {"error": "no"}},
+            {"tensors": [answer_of(5)]},
+        ]
+    )
+    with (
+        LyingServer(endpoint_in(tmp_path), lambda msg: None if msg.tag == Method.INIT else next(lies)) as server,
+        client_of(server) as client,
+    ):
+        calls = [client.submit.lm_head(head_of(number)) for number in range(6)]
+        kinds = [type(call.exception()) for call in calls]
+        assert kinds == [type(None), ProtocolError, ProtocolError, ProtocolError, RemoteError, type(None)]
+        assert torch.equal(calls[5].result(), answer_of(5))
+
+
+def test_bytes_that_are_no_message_end_what_is_in_flight(tmp_path):
+    """Over ZeroMQ alone, where the fake server can send any bytes."""
+    answered = threading.Event()
+
+    def answer(msg):
+        if msg.tag == Method.INIT:
+            return None
+        if msg.request_id == 3:
+            (channel,) = server._listener._channels
+            channel._link.send(b"rubbish" * 30, [], 0, time.monotonic() + PATIENCE_S, True)
+            answered.set()
+            return []
+        return {"tensors": [answer_of(1)]} if msg.request_id != 2 else []
+
+    with (
+        LyingServer(endpoint_in(tmp_path), answer) as server,
+        client_of(server, shm=False) as client,
+    ):
+        calls = [client.submit.lm_head(head_of(number)) for number in range(2)]
+        assert answered.wait(PATIENCE_S)
+        for call in calls:
+            with pytest.raises(MessageError):
+                call.result()
+        assert torch.equal(client.lm_head(head_of(1)), answer_of(1))
+
+
+def test_times_a_server_claims_are_not_believed(tmp_path):
+    lie = {"tensors": [answer_of(0)], "compute_ns": 2**63, "queue_ns": 2**64 - 1}
+    with (
+        LyingServer(endpoint_in(tmp_path), lambda msg: None if msg.tag == Method.INIT else lie) as server,
+        client_of(server) as client,
+    ):
+        for call in [client.submit.lm_head(head_of(0)) for _ in range(2)]:
+            call.result()
+        client.lm_head(head_of(0))
+        row = client.stats["operators"]["gpu_lm_head"]
+        assert 0 < row["server_seconds"] + row["queue_seconds"] <= row["seconds"]
+
+
+# --- ends
+
+MUTE = """
+import sys, tsqp
+listener = tsqp.listen(sys.argv[1], max_chunk_bytes=1 << 18, max_chunks=64)
+print("ready", flush=True)
+channel = listener.accept(timeout=30.0)
+while True:
+    channel.recv(timeout=30.0)
+"""
+
+
+def test_the_death_of_the_server_ends_everything_in_flight(tmp_path):
+    endpoint = endpoint_in(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", MUTE, endpoint], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with GPUClient(endpoint, timeout=PATIENCE_S) as client:
+            calls = [client.submit.ping() for _ in range(50)]
+            errors: list[BaseException | None] = [None] * 6
+            threads = [
+                threading.Thread(target=lambda n=n: errors.__setitem__(n, calls[n].exception(PATIENCE_S)))
+                for n in range(6)
+            ]
+            for thread in threads:
+                thread.start()
+            until(lambda: len(client._flight._waiters) == 5)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGKILL)
+            for thread in threads:
+                thread.join(PATIENCE_S)
+            assert all(isinstance(error, PeerDiedError) for error in errors)
+            for call in calls:
+                with pytest.raises(PeerDiedError):
+                    call.result(timeout=0)
+            assert time.monotonic() - begin < 5.0
+            for again in (client.submit.ping, client.ping):
+                with pytest.raises(PeerDiedError):
+                    again()
+            assert client.stats["in_flight"] == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        (tmp_path / "rpc.sock").unlink()  # a killed server can't
+
+
+def test_closing_ends_everything_in_flight(tmp_path):
+    with LyingServer(endpoint_in(tmp_path), lambda msg: []) as server:
+        client = client_of(server)
+        calls = [client.submit.ping() for _ in range(3)]
+        errors: list[BaseException | None] = []
+        threads = [threading.Thread(target=lambda call=call: errors.append(call.exception())) for call in calls[:2]]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(client._flight._waiters) == 1)
+        client.close()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+        assert calls[2].done()
+        assert all(isinstance(error, ClosedError) for error in [*errors, calls[2].exception()])
+        assert len(errors) == 2
+        for again in (client.submit.ping, client.ping):
+            with pytest.raises(ClosedError):
+                again()
+
+
+def test_an_interrupt_leaves_the_call_usable(tmp_path):
+    """Ctrl-C while a result is waited for: the handle can be asked again, a blocking call's reply is dropped."""
+    server = Holding(1, [0])
+    with LyingServer(endpoint_in(tmp_path), server) as running, client_of(running) as client:
+        client.init()
+        main = threading.main_thread().ident
+        assert main is not None
+        server.expect(3, [0, 1, 2])
+        pending = client.submit.lm_head(head_of(1))
+        for ask in (pending.result, lambda: client.lm_head(head_of(2))):
+            timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                ask()
+            timer.join()
+        assert torch.equal(client.lm_head(head_of(3)), answer_of(3))
+        assert torch.equal(pending.result(), answer_of(1))
+        assert client.stale_replies == 1
+
+
+# --- the table by itself
+
+
+class FakeChannel:
+    """Replies come when the test says; sends block while ``full`` is set."""
+
+    def __init__(self) -> None:
+        self.replies: list = []
+        self.arrived = threading.Condition()
+        self.full = threading.Event()
+        self.sent: list[int] = []
+        self.receiving = 0
+
+    def send(self, tensors, *, request_id, timeout, **_):
+        end = time.monotonic() + timeout
+        while self.full.is_set():
+            assert time.monotonic() < end, "the send never got through"
+            time.sleep(0.001)
+        self.sent.append(request_id)
+
+    def can_send(self):
+        return not self.full.is_set()
+
+    def recv(self, timeout=None):
+        with self.arrived:
+            self.receiving += 1
+            try:
+                if not self.arrived.wait_for(lambda: self.replies, timeout):
+                    raise WaitTimeoutError("no message")
+                return self.replies.pop(0)
+            finally:
+                self.receiving -= 1
+
+    def answer(self, *request_ids):
+        with self.arrived:
+            self.replies += [FakeReply(number) for number in request_ids]
+            self.arrived.notify_all()
+
+
+class FakeReply:
+    tag, status, compute_ns, queue_ns, meta = int(Method.PING), 0, 0, 0, {}
+    tensors: tuple = ()
+
+    def __init__(self, request_id):
+        self.request_id = request_id
+
+
+def ping_site():
+    return Site(1, Method.PING, None, (), Telemetry())
+
+
+def ping(site):
+    return PendingCall(site, (), (), None)
+
+
+def test_a_thread_that_has_its_reply_reads_on_for_one_that_can_not_send():
+    """The sender found somebody reading, so it does not read itself; the server takes nothing until somebody does."""
+    channel, site = FakeChannel(), ping_site()
+    flight = InFlight(channel, 64)
+    first, second = (flight.submit(ping(site), PATIENCE_S) for _ in range(2))
+    reader = threading.Thread(target=first.result)
+    reader.start()
+    until(lambda: channel.receiving == 1)
+    channel.full.set()
+    sender = threading.Thread(target=lambda: flight.submit(ping(site), PATIENCE_S))
+    sender.start()
+    until(lambda: flight._writing)
+    channel.answer(1)
+    until(first.done)
+    channel.answer(2)  # read by the thread that waited for the first
+    until(second.done)
+    assert reader.is_alive()
+    channel.full.clear()
+    reader.join(PATIENCE_S)
+    sender.join(PATIENCE_S)
+    assert not reader.is_alive()
+    assert not sender.is_alive()
+    assert channel.sent == [1, 2, 3]
+
+
+def test_ids_that_were_given_up_are_not_kept_without_end(monkeypatch):
+    monkeypatch.setattr("tsqp.in_flight._MAX_LOST", 10)
+    channel, site = FakeChannel(), ping_site()
+    flight = InFlight(channel, 64)
+    for _ in range(30):
+        with pytest.raises(TimeoutError):
+            flight.run(ping(site), 0.001)
+    assert len(flight._lost) == 10
+    channel.answer(30, 25)
+    with pytest.raises(TimeoutError):
+        flight.run(ping(site), 0.01)
+    assert flight.stale_replies == 2
+    channel.answer(5)
+    with pytest.raises(ProtocolError, match="answered request 5, a second time"):
+        flight.run(ping(site), 1.0)
+
+
+# --- lengths of K and V
+
+
+STEPS = st.tuples(
+    st.sampled_from(["append", "append", "append", "keep", "drop", "reset", "tell"]),
+    st.integers(0, 3),
+    st.integers(0, 6),
+    st.booleans(),
+)
+
+
+@settings(max_examples=400, deadline=None, database=None, derandomize=True)
+@given(st.lists(STEPS, max_size=30))
+def test_reckoned_lengths_are_the_servers(steps):
+    """A server that refuses what does not fit, and now and then what does; its replies arrive in order, later."""
+    kv, held = KvLengths(), 0
+    kv.apply(first := Change(kv, 0, 0, None, 0, ()))
+    first.settle(Outcome.DONE)
+    unsettled: list[tuple[Change | Reset, int | None, int]] = []  # change, reckoned, really held; refused: -1
+
+    def tell():
+        change, reckoned, real = unsettled.pop(0)
+        if real < 0:
+            change.settle(Outcome.REFUSED)
+            return
+        if not change.broken:
+            assert reckoned == real
+        change.settle(Outcome.DONE)
+
+    for kind, count, size, refused in steps:
+        if kind == "tell":
+            if unsettled:
+                tell()
+            continue
+        if kind == "reset":
+            reset = Reset(kv)
+            reset.plan()
+            held = 0
+            unsettled.append((reset, 0, 0))
+            continue
+        keep, drop = (size if kind == "keep" else None), (size if kind == "drop" else 0)
+        change = Change(kv, 0, count, keep, drop, ())
+        try:
+            ((reckoned,),) = change.plan()
+        except ConfigError:
+            assert keep is None
+            continue
+        if refused or drop > held or (keep is not None and keep > held - drop):
+            unsettled.append((change, reckoned, -1))
+        else:
+            held = (held - drop if keep is None else keep) + count
+            unsettled.append((change, reckoned, held))
+    while unsettled:
+        tell()
+    layer = kv._layers[0]
+    assert layer.unanswered == []
+    assert layer.held in (held, None)
+    if layer.held is None:
+        with pytest.raises(ConfigError, match="give keep="):
+            Change(kv, 0, 1, None, 0, ()).plan()
+
+
+def test_a_failed_call_makes_the_length_unknown_until_it_is_said():
+    kv = KvLengths()
+    lost, later = Change(kv, 3, 2, None, 0, (1,)), Change(kv, 3, 1, None, 0, (1,))
+    assert lost.plan() == ((1, 2),)
+    assert later.plan() == ((1, 3),)
+    lost.settle(Outcome.UNKNOWN)
+    assert not later.broken
+    later.settle(Outcome.REFUSED)
+    with pytest.raises(ConfigError, match="layer 3 is unknown"):
+        Change(kv, 3, 1, None, 0, ()).plan()
+    assert Change(kv, 3, 1, 2, 0, ()).plan() == ((3,),)
+    assert Change(kv, 3, 1, None, 1, ()).plan() == ((3,),)
