@@ -216,6 +216,7 @@ import sys, tsqp
 listener = tsqp.listen(sys.argv[1], max_chunk_bytes=1 << 18, max_chunks=64)
 print("ready", flush=True)
 channel = listener.accept(timeout=30.0)
+print("accepted", flush=True)
 while True:
     channel.recv(timeout=30.0)
 """
@@ -228,6 +229,7 @@ def test_the_death_of_the_server_ends_everything_in_flight(tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         with GPUClient(endpoint, timeout=PATIENCE_S) as client:
+            assert process.stdout.readline() == "accepted\n"  # and its segment has no name any more
             calls = [client.submit.ping() for _ in range(50)]
             errors: list[BaseException | None] = [None] * 6
             threads = [
