@@ -253,17 +253,24 @@ class GPUServer:
             return True
         try:
             # Not read before its reply has room: a client that takes no replies must not block the others.
-            sending = channel.sending
-            if not channel.can_send():
-                session.seen_ns = session.seen_ns or ready_ns
-                return sending  # the wait ends when there is room for more of a large reply
+            if not session.room:
+                sending = channel.sending
+                if not channel.can_send():
+                    session.seen_ns = session.seen_ns or ready_ns
+                    return sending  # the wait ends when there is room for more of a large reply
+                session.room = True
             lease = channel.recv_nowait()
             if lease is None:
                 return True  # a large message is announced and still on its way
+            begin = time.perf_counter_ns()
+            queue_ns = begin - (session.seen_ns or ready_ns)
+            session.seen_ns = begin if session.pipelines and channel.poll() else 0
             try:
-                self._answer(session, lease.message, ready_ns)
+                self._answer(session, lease.message, begin, queue_ns)
             finally:
                 lease.release()
+            # The client has its reply: from here on the time is not its.
+            self._look_ahead(session, begin)
         except _CLIENT_FAULTS as error:
             self._drop(session, error)
         except Exception as error:
@@ -271,12 +278,18 @@ class GPUServer:
             self._drop(session, error)
         return True
 
-    def _answer(self, session: Session, msg: Any, ready_ns: int) -> None:
+    def _look_ahead(self, session: Session, begin: int) -> None:
+        """After a turn: counts its time, and looks whether the next one may come, and already could."""
+        end = time.perf_counter_ns()
+        self._busy_ns += end - begin
+        session.room = session.channel.can_send()
+        session.pipelines = session.room and session.channel.poll()
+        if session.pipelines and not session.seen_ns:
+            session.seen_ns = end
+
+    def _answer(self, session: Session, msg: Any, begin: int, queue_ns: int) -> None:
         """Computes and sends the reply to one request; raises only what ends the client's connection."""
-        begin = time.perf_counter_ns()
-        queue_ns = begin - (session.seen_ns or ready_ns)
-        channel, tag = session.channel, msg.tag
-        session.seen_ns = begin if session.pipelines and channel.poll() else 0
+        tag = msg.tag
         session.requests += 1
         try:
             method = self._methods.get(tag)
@@ -293,7 +306,7 @@ class GPUServer:
             return
         compute_ns = time.perf_counter_ns() - begin
         try:
-            channel.send(
+            session.channel.send(
                 tensors,
                 tag=tag,
                 meta=meta,
@@ -308,18 +321,12 @@ class GPUServer:
         except MessageTooLargeError as error:
             self._refuse(session, msg, f"the reply is too large for a message: {error}", Status.LIMIT)
             return
-        # The client has its reply: from here on the time is not its.
         _, calls, times = method
         calls[0] += 1
         if times is not None:
             times[0] += 1
             times[1] += compute_ns
             times[3] += queue_ns
-        end = time.perf_counter_ns()
-        self._busy_ns += end - begin
-        session.pipelines = not channel.sending and channel.poll()
-        if session.pipelines and not session.seen_ns:
-            session.seen_ns = end
 
     def _refuse(self, session: Session, msg: Any, text: str, status: int) -> None:
         session.errors += 1

@@ -130,6 +130,7 @@ class Session:
         "kv_limit_bytes",
         "pipelines",
         "requests",
+        "room",
         "seen_ns",
         "targets",
     )
@@ -145,6 +146,8 @@ class Session:
         self.targets: dict[tuple[int, bytes], Any] = {}
         #: Since when the next request is known to wait, in ns of perf_counter; 0 where none is known of.
         self.seen_ns = 0
+        #: The channel had room for a reply, and none was sent since.
+        self.room = False
         #: The client sends requests before it has the replies to earlier ones.
         self.pipelines = False
         self._layers: dict[int, LayerCache] = {}
