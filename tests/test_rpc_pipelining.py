@@ -293,6 +293,21 @@ def test_a_thousand_submits_get_through_a_small_ring(model, tmp_path, slots, bou
             torch.testing.assert_close(call.result(), expected * (number % 7))
 
 
+def test_replies_are_taken_while_requests_are_submitted(model, client):
+    """Else the server, whose ring of replies is full after four, would stop until somebody waits for a result."""
+    client.init()
+    h = torch.randn(1, HIDDEN)
+    calls = []
+    for number in range(30):
+        if number >= 8:
+            until(client._channel.poll)
+        calls.append(client.submit.lm_head(h))
+        assert len(client._flight) <= 8
+    assert sum(call.done() for call in calls) >= 22
+    for call in calls:
+        torch.testing.assert_close(call.result(), model.lm_head(h).detach())
+
+
 def test_at_the_bound_a_submit_waits_and_times_out(tmp_path):
     model = gated_model()
     with serving(model, tmp_path) as server, client_of(server, max_in_flight=3) as client:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from .errors import ClosedError, MessageError, PeerDiedError, ProtocolError, TsqpError, WaitTimeoutError
 from .kv_lengths import Outcome
 from .pending import DROPPED, OPEN, SETTLED, PendingCall
+from .waiter import Waiter
 
 T = TypeVar("T")
 
@@ -24,34 +25,11 @@ T = TypeVar("T")
 MAX_BYTES_IN_FLIGHT = 512 << 20
 #: Ids of requests that failed here and may still be answered; beyond this many the oldest are forgotten.
 _MAX_LOST = 4096
+#: From this many in flight on, each submit takes the replies that are there: a server whose replies find no room
+#: stops working.
+_TAKE_FROM = 4
 #: How long a thread that has its reply reads on at a time, while another thread can't get its request sent.
 _RELIEF_S = 0.005
-
-
-class _Waiter:
-    """A thread that sleeps until its condition holds, or until it is its turn to read."""
-
-    __slots__ = ("_gate", "_woken", "ready")
-
-    def __init__(self, ready: Callable[[], bool]) -> None:
-        self.ready = ready
-        self._gate = threading.Lock()
-        self._gate.acquire()
-        self._woken = False
-
-    def wake(self) -> None:
-        """Callers hold the table's lock."""
-        if not self._woken:
-            self._woken = True
-            self._gate.release()
-
-    def sleep(self, seconds: float | None) -> bool:
-        """False if nobody woke it."""
-        limit = threading.TIMEOUT_MAX if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX)
-        if not self._gate.acquire(timeout=limit):
-            return False
-        self._woken = False
-        return True
 
 
 class InFlight:
@@ -73,7 +51,7 @@ class InFlight:
         self._pending: dict[int, PendingCall[Any]] = {}
         self._bytes = 0  # of the pending
         self._lost: dict[int, None] = {}
-        self._waiters: list[_Waiter] = []
+        self._waiters: list[Waiter] = []
         self._next_id = 1
         self._busy_since_ns = 0
         self._writing = False  # a thread is in the channel's send, and may need somebody to read
@@ -168,6 +146,8 @@ class InFlight:
         """Sends a request of which the table knows. Callers hold `_sending`."""
         self._prepare(call)
         begin = time.perf_counter_ns()
+        if len(self._pending) >= _TAKE_FROM:
+            self._take_ready()
         nbytes = call.wire_bytes()
         if not self._has_room(nbytes):
             self._wait_for_room(call, nbytes, timeout)
@@ -243,7 +223,7 @@ class InFlight:
     def _wait(self, ready: Callable[[], bool], timeout: float | None) -> bool:
         """Waits until ``ready()``, and while it is this thread's turn reads for all; False after ``timeout`` s."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        waiter: _Waiter | None = None
+        waiter: Waiter | None = None
         try:
             while not ready():
                 if self._reading.acquire(blocking=False):
@@ -252,7 +232,7 @@ class InFlight:
                     finally:
                         self._reading.release()
                 if waiter is None:
-                    waiter = _Waiter(ready)
+                    waiter = Waiter(ready)
                     with self._table:
                         self._waiters.append(waiter)
                     continue  # look again: who leaves from now on sees this waiter
@@ -275,6 +255,22 @@ class InFlight:
             except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
                 self._fail_all(error)
         return True
+
+    def _take_ready(self) -> None:
+        """Delivers the replies that are there already, unless another thread reads."""
+        if not self._reading.acquire(False):
+            return
+        try:
+            while self._channel.poll():
+                self._deliver(self._recv(0.0))
+        except WaitTimeoutError:
+            pass  # a part of a large one
+        except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
+            self._fail_all(error)
+        finally:
+            self._reading.release()
+            if self._waiters:
+                self._relieve()
 
     def _relieve(self) -> None:
         """Leaves the reading to the next thread. Where none waits, but one sends and has no room because the server

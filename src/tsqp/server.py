@@ -52,7 +52,7 @@ _WAIT_S = 0.2
 #: How long a reply may wait for a client that does not take it, before that client is given up.
 _REPLY_TIMEOUT_S = 5.0
 #: The first and the longest pause while every client with a request takes no replies.
-_BLOCKED_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
+_BLOCKED_PAUSE_S, _LONGEST_PAUSE_S = 0.00005, 0.02
 _CLIENT_FAULTS = (PeerDiedError, ClosedError, MessageError, RingCorruptedError, WaitTimeoutError)
 _NAMES = {int(method): name for method, name in METHOD_NAMES.items()}
 
