@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -343,6 +345,23 @@ def test_ping_and_server_stats(client):
     assert numbers["requests"] == 4  # Ping, Init, Embedding, Stats
     assert numbers["errors"] == 1
     assert numbers["kv_bytes"] == 0
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_a_client_nobody_holds_takes_its_connection_with_it(server, how):
+    """At once, not when the garbage collector comes: the connection keeps a mapping."""
+    gc.disable()
+    try:
+        client = client_of(server)
+        client.submit.lm_head(torch.randn(1, HIDDEN)).result()
+        channel = weakref.ref(client._channel)
+        if how == "closed":
+            client.close()
+        del client
+        assert channel() is None
+    finally:
+        gc.enable()
+    until(lambda: server.stats["clients"] == 0)
 
 
 def test_a_closed_client_says_so(client):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,14 +17,11 @@ from .calls import Protection
 from .errors import ConfigError
 from .in_flight import InFlight
 from .model_info import InitInfo
-from .pending import PendingCall
 from .protocol import FLOAT_DTYPES
 from .requests import Requests
 from .submitting import Submitter
 from .telemetry import Telemetry, print_stats
 from .transport import connect
-
-T = TypeVar("T")
 
 #: Default bound on the requests in flight: enough to hide the way there and back, few enough to cancel.
 MAX_IN_FLIGHT = 64
@@ -78,16 +75,17 @@ class GPUClient:
         if max_in_flight < 1:
             raise ConfigError(f"max_in_flight={max_in_flight} is too small; give 1 or more")
         self.endpoint = endpoint or config.default_endpoint()
-        self.timeout = timeout
         self.wire_dtype = wire_dtype
         self.telemetry = Telemetry()
         self._protection_name = "none" if protection is None else protection.name
         wire = None if wire_dtype == "auto" else FLOAT_DTYPES[wire_dtype]
-        self._requests = Requests(self.telemetry, self._run, wire, protection)
+        # None of these knows the client: a cycle would keep a dropped client's connection until the collector comes.
         self._channel = connect(self.endpoint, timeout=connect_timeout, shm=shm, large=large, wait=wait)
-        self._flight = InFlight(self._channel, max_in_flight)
+        self._flight = InFlight(self._channel, max_in_flight, timeout)
+        self._requests = Requests(self.telemetry, self._flight.ask, wire, protection)
+        self._run = self._flight.ask
         #: The calls that do not wait, see :class:`Submitter`.
-        self.submit = Submitter(self._requests, self._submit)
+        self.submit = Submitter(self._requests, self._flight)
 
     # --- calls ---------------------------------------------------------------------------------------------
 
@@ -174,6 +172,15 @@ class GPUClient:
         return self._requests.info
 
     @property
+    def timeout(self) -> float | None:
+        """Seconds one call may take, None for ever; may be changed at any time."""
+        return self._flight.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._flight.timeout = seconds
+
+    @property
     def round_trips(self) -> int:
         """Requests that were answered, refused ones included."""
         return self._flight.round_trips
@@ -225,11 +232,3 @@ class GPUClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # --- one call ------------------------------------------------------------------------------------------
-
-    def _run(self, call: PendingCall[T]) -> T:
-        return self._flight.run(call, self.timeout)
-
-    def _submit(self, call: PendingCall[T]) -> PendingCall[T]:
-        return self._flight.submit(call, self.timeout)

@@ -40,7 +40,9 @@ class InFlight:
     the other way round, and nothing is waited for under `_table`.
     """
 
-    def __init__(self, channel: Any, max_in_flight: int) -> None:
+    def __init__(self, channel: Any, max_in_flight: int, timeout: float | None = None) -> None:
+        #: Seconds the client's calls may take; the client's own attribute.
+        self.timeout = timeout
         self.round_trips = self.stale_replies = self.errors = self.busy_ns = 0
         self._channel = channel
         self._send, self._recv = channel.send, channel.recv
@@ -77,6 +79,10 @@ class InFlight:
         finally:
             self._sending.release()
         return self._receive_alone(call, timeout, begin) if alone else self._finish(call, timeout, begin)
+
+    def ask(self, call: PendingCall[T]) -> T:
+        """:meth:`run` with the client's timeout."""
+        return self.run(call, self.timeout)
 
     def submit(self, call: PendingCall[T], timeout: float | None) -> PendingCall[T]:
         """Sends a request and returns it; waits for replies, ``timeout`` seconds, where too much is in flight."""

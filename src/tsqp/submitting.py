@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .errors import ConfigError
+from .in_flight import InFlight
 from .pending import PendingCall
 from .requests import Requests
 
 T = TypeVar("T")
-
-
-class Send(Protocol):
-    """Sends a request and returns it."""
-
-    def __call__(self, call: PendingCall[T], /) -> PendingCall[T]: ...
 
 
 class Submitter:
@@ -33,9 +28,12 @@ class Submitter:
     Init, and waits for that.
     """
 
-    def __init__(self, requests: Requests, send: Send) -> None:
+    def __init__(self, requests: Requests, flight: InFlight) -> None:
         self._requests = requests
-        self._send = send
+        self._flight = flight
+
+    def _send(self, call: PendingCall[T]) -> PendingCall[T]:
+        return self._flight.submit(call, self._flight.timeout)
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> PendingCall[Any]:
         """Submits a call of the method of this name; raises :class:`ConfigError` if there is none."""
