@@ -135,20 +135,22 @@ class Channel(Port):
         assert tx is not None
         assert rx is not None
         while not tx.ready():
-            if receiver.ahead_bytes >= MAX_READ_AHEAD_BYTES or not self.receive_gate.acquire(blocking=False):
-                return  # another thread reads; the plain wait for a slot does
-            try:
-                while receiver.read_ahead():
-                    pass
-            except (ClosedError, PeerDiedError):
-                return  # the wait for the slot will say so
-            finally:
-                self.receive_gate.release()
+            # Another thread may be reading, and leave at any time: then it is on us.
+            reads = receiver.ahead_bytes < MAX_READ_AHEAD_BYTES and self.receive_gate.acquire(blocking=False)
+            if reads:
+                try:
+                    while receiver.read_ahead():
+                        pass
+                except (ClosedError, PeerDiedError):
+                    return  # the wait for the slot will say so
+                finally:
+                    self.receive_gate.release()
             left = seconds_until(deadline)
-            if left <= 0 or self._link.dead():
+            if left <= 0 or self._closed or self._link.dead():
                 return
-            waits = [ring for ring in (tx, receiver.wait_ring) if ring is not None]
-            self._bell.wait(waits, min(left, 0.1 if len(waits) > 1 else 0.01))
+            incoming = receiver.wait_ring if reads else None
+            waits = [tx] if incoming is None else [tx, incoming]
+            self._bell.wait(waits, min(left, 0.01 if incoming is None else 0.1))
 
     # ---- receive: where the short way of Port is not open ----
 
