@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import torch
 
 import tsqp
-from tsqp.errors import ConfigError
-from tsqp.transport import check_large
 
 from .peers import Copies, Peer, shm_shortage
 
@@ -41,10 +39,6 @@ class Tsqp(Peer):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        try:
-            check_large(cls.large)
-        except ConfigError:
-            return f"this tsqp does not know large={cls.large!r}"
         chunks = cls.geometry.get("max_chunks", DEFAULT_CHUNKS)
         return shm_shortage(2 * chunks * cls.geometry.get("max_chunk_bytes", DEFAULT_CHUNK_BYTES))
 
