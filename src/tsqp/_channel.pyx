@@ -148,7 +148,8 @@ cdef class Port:
     """The fast half of a :class:`tsqp.Channel`, which is the only one to make one.
 
     ``direct_send`` and ``direct_receive`` say whether the short way is open: no message is under way in parts, none
-    was read ahead.
+    was read ahead. ``flush_due``: the rest of a message given away is to be written before anything is awaited.
+    ``link_used``: messages were sent over ZeroMQ, so that its queue counts, too.
     """
 
     cdef readonly Ring _tx
@@ -160,6 +161,7 @@ cdef class Port:
     cdef public bint direct_send
     cdef public bint direct_receive
     cdef public bint flush_due
+    cdef public bint link_used
     cdef public bint _closed
     cdef public uint64_t threshold
     cdef readonly uint64_t _sent, _sent_bytes, _received, _received_bytes
@@ -333,6 +335,13 @@ cdef class Port:
         if self.direct_receive and not self.flush_due and not self._closed and self._rx.ready():
             return True
         return self._poll_slow()
+
+    def can_send(self, Py_ssize_t n=1):
+        """True if `n` messages could be sent now without waiting for the peer to read, or the peer is gone, so that
+        waiting would be in vain. Writes what is left of a large message given away, as far as there is room."""
+        if n == 1 and self.direct_send and not self._closed and not self.link_used and self._tx.ready():
+            return True
+        return self._can_send_slow(n)
 
     cdef bint _may_take(self) noexcept:
         """Takes the receive gate if the next message can come straight from the ring."""

@@ -149,6 +149,7 @@ class Sender:
         self._sequence += 1
         if self._ring is not None:
             self._codec.announce(self._ring, deadline).publish(sequence)
+        self._channel.link_used = True
         self._link.send(head, frames, sequence, deadline / 1e9, transfer)
 
 

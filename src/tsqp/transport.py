@@ -224,9 +224,7 @@ class Channel(Port):
 
     # ---- the rest ----
 
-    def can_send(self, n: int = 1) -> bool:
-        """True if `n` messages could be sent now without waiting for the peer to read, or the peer is gone, so that
-        waiting would be in vain. Writes what is left of a large message given away, as far as there is room."""
+    def _can_send_slow(self, n: int) -> bool:
         if self._closed:
             return False
         if self._link.dead():
