@@ -8,9 +8,9 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo to
 export OMP_WAIT_POLICY ?= passive
 
 PYTHON_CODE := src tests benchmarks tools
-C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h)
+C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
-.PHONY: demo test test-c lint format soak bench wheel clean
+.PHONY: demo test test-c test-model test-fuzz lint format soak bench wheel clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -30,15 +30,27 @@ $(VENV)/.installed: $(VENV)/.deps pyproject.toml CMakeLists.txt $(wildcard csrc/
 demo: $(VENV)/.installed
 	$(BIN)/tsqp demo
 
-test: $(VENV)/.installed test-c
+test: $(VENV)/.installed test-c test-model test-fuzz
 	$(BIN)/python -m pytest -q
 
 # The C core alone: units under ASan+UBSan, the two-thread ring stress under TSan.
 test-c: $(VENV)/.deps
 	$(BIN)/python tests/c/run.py
 
-soak: $(VENV)/.deps
+# The ring's protocol in every state of small rings. Needs spin (apt-get install spin), else says SKIPPED.
+test-model: $(VENV)/.deps
+	$(BIN)/python tests/model/run.py
+
+# The stored fuzz inputs and random changes of them.
+test-fuzz: $(VENV)/.deps
+	$(BIN)/python tests/fuzz/run.py
+
+# The long proofs: half an hour and more. Fuzzing needs clang, the model spin; what is missing is said as SKIPPED.
+soak: $(VENV)/.installed
 	$(BIN)/python tests/c/run.py --soak
+	$(BIN)/python tests/model/run.py --soak
+	$(BIN)/python tests/fuzz/run.py --minutes 2
+	TSQP_SOAK=1 $(BIN)/python -m pytest -q -s tests/test_hostile_segment.py tests/test_torn_reads.py
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]' --no-build-isolation \
