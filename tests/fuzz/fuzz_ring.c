@@ -125,6 +125,7 @@ static void advance_entry(struct victim *victim, struct fuzz_input *input) {
         struct tsqp_entry *entry = entry_at(consumer, consumer->next);
         entry->slot = kind / 2 % consumer->count;
         entry->nbytes = fuzz_u16(input) % (consumer->chunk_bytes + 1);
+        entry->filled = kind >= 224 ? entry->nbytes / 2 : entry->nbytes;
         entry->seq = lap_even(consumer, consumer->next) + 1;
     } else if (producer->next > 0) {
         uint64_t k = producer->next - 1 -
@@ -141,7 +142,7 @@ static void change_anything(struct victim *victim, struct fuzz_input *input) {
 
 static void write_slot(struct victim *victim) {
     struct tsqp_slot slot = {0};
-    bool writing = victim->producer->writing;
+    bool writing = victim->producer->writing || victim->producer->filling;
     int rc = tsqp_ring_try_write(victim->producer, &slot);
     check_wait_code(rc);
     DEMAND(!writing || rc == TSQP_USAGE);
@@ -163,7 +164,14 @@ static void publish_slot(struct victim *victim, struct fuzz_input *input) {
         slot.ticket += 1 + fuzz_u8(input);
         may = false;
     }
-    DEMAND(tsqp_ring_publish(victim->producer, &slot, nbytes) == (may ? TSQP_OK : TSQP_USAGE));
+    uint64_t filled = fuzz_u8(input) % 4 ? nbytes : nbytes * fuzz_u8(input) / 255;
+    DEMAND(tsqp_ring_publish_part(victim->producer, &slot, nbytes, filled) == (may ? TSQP_OK : TSQP_USAGE));
+}
+
+static void fill_slot(struct victim *victim, struct fuzz_input *input) {
+    uint64_t filling = victim->producer->filling, filled = filling * fuzz_u8(input) / 255;
+    DEMAND(tsqp_ring_fill(victim->producer, filling + 1) == TSQP_USAGE);
+    DEMAND(tsqp_ring_fill(victim->producer, filled) == (filling ? TSQP_OK : TSQP_USAGE));
 }
 
 static void cancel_slot(struct victim *victim) {
@@ -171,18 +179,43 @@ static void cancel_slot(struct victim *victim) {
     DEMAND(rc == TSQP_OK || rc == TSQP_USAGE);
 }
 
-static void read_slot(struct victim *victim) {
+/* Follows the marks of a peer that may have set them anywhere. The wait for more is the caller's: it ends
+ * here. */
+static void copy_slot(struct victim *victim, struct tsqp_slot *slot, bool waits) {
+    uint8_t *copy = fuzz_malloc(slot->nbytes);
+    uint64_t offset = slot->nbytes / 2 / TSQP_LINE * TSQP_LINE, done = 0;
+    bool whole = slot->filled == slot->nbytes;
+    if (whole || waits) {
+        int rc = tsqp_inflow_copy(victim->consumer, slot, offset, copy, slot->nbytes - offset, &done);
+        DEMAND(rc == TSQP_OK || rc == TSQP_AGAIN || rc == TSQP_CORRUPTED);
+        DEMAND(done <= slot->nbytes - offset && (rc != TSQP_OK || done == slot->nbytes - offset));
+        DEMAND(!whole || rc == TSQP_OK);
+        rc = tsqp_ring_follow(victim->consumer, slot, slot->nbytes);
+        DEMAND(rc == TSQP_OK || rc == TSQP_AGAIN || rc == TSQP_CORRUPTED);
+    }
+    DEMAND(slot->filled <= slot->nbytes);
+    struct tsqp_watch watch = tsqp_ring_fill_watch(victim->consumer, slot);
+    check_wait_code(tsqp_wait(tsqp_ring_waiter(victim->consumer), &watch, 1, 0));
+    free(copy);
+}
+
+static void read_slot(struct victim *victim, struct fuzz_input *input) {
     struct tsqp_slot slot = {0};
     int rc = tsqp_ring_try_read(victim->consumer, &slot);
     check_wait_code(rc);
     if (rc != TSQP_OK)
         return;
     check_slot(victim->consumer, &slot);
-    uint8_t *copy = fuzz_malloc(slot.nbytes);
-    tsqp_copy_from_shared(copy, slot.data, slot.nbytes);
-    free(copy);
+    DEMAND(slot.filled <= slot.nbytes);
     for (unsigned i = 0; i < victim->lease_count; i++)
         DEMAND(victim->leases[i].ticket != slot.ticket);
+    uint8_t how = fuzz_u8(input);
+    if (how % 16 == 0) {
+        DEMAND(tsqp_ring_unread(victim->consumer, &slot) == TSQP_OK);
+        DEMAND(tsqp_ring_unread(victim->consumer, &slot) == TSQP_USAGE);
+        return;
+    }
+    copy_slot(victim, &slot, how % 16 == 1);
     if (victim->lease_count < MAX_LEASES)
         victim->leases[victim->lease_count++] = slot;
 }
@@ -202,6 +235,8 @@ static void release_slot(struct victim *victim, struct fuzz_input *input) {
 
 static void look_around(struct victim *victim) {
     struct tsqp_watch watch = tsqp_ring_watch(victim->consumer);
+    (void)tsqp_ring_ready(victim->consumer);
+    (void)tsqp_ring_ready(victim->producer);
     DEMAND(tsqp_ring_free_slots(victim->producer) <= victim->segment.geometry.max_chunks);
     check_wait_code(tsqp_wait(tsqp_ring_waiter(victim->consumer), &watch, 1, 0));
     watch = tsqp_ring_watch(victim->producer);
@@ -215,7 +250,7 @@ static void look_around(struct victim *victim) {
 }
 
 static void step(struct victim *victim, struct fuzz_input *input) {
-    switch (fuzz_u8(input) % 10) {
+    switch (fuzz_u8(input) % 11) {
     case 0:
         change_entry(victim, input);
         break;
@@ -236,10 +271,13 @@ static void step(struct victim *victim, struct fuzz_input *input) {
         cancel_slot(victim);
         break;
     case 7:
-        read_slot(victim);
+        read_slot(victim, input);
         break;
     case 8:
         release_slot(victim, input);
+        break;
+    case 9:
+        fill_slot(victim, input);
         break;
     default:
         look_around(victim);
