@@ -1,5 +1,6 @@
-/* Two threads over one segment, messages of random size, each byte checked; then one thread waiting for many
- * rings and a bell. Meant for the thread sanitizer, and for the bare machine at full speed.
+/* Two threads over one segment, messages of random size, whole or in parts, each byte checked; then one
+ * thread waiting for many rings and a bell. Meant for the thread sanitizer, and for the bare machine at full
+ * speed.
  *
  *   stress_ring [MESSAGES] [SEED]      MESSAGES in all, spread over the scenarios (default 400000)
  */
@@ -115,6 +116,54 @@ static void wait_for(struct tsqp_ring *ring, uint64_t k) {
         die("nobody woke the waiting end", k);
 }
 
+/* ---- messages published while they are still written ---- */
+
+static void write_in_parts(struct tsqp_ring *ring, const struct tsqp_slot *slot, const uint8_t *data,
+                           uint64_t nbytes, uint64_t *state) {
+    uint64_t filled = 0;
+    int rc = TSQP_OK;
+    do {
+        /* Blocks are shared whole, so a part ends with one, or with the message. */
+        uint64_t part = (check_random(state) % 12 + 1) * TSQP_LINE;
+        uint64_t upto = filled + part < nbytes ? filled + part : nbytes;
+        tsqp_copy_to_shared(slot->data + filled, data + filled, upto - filled);
+        rc = filled == 0 ? tsqp_ring_publish_part(ring, slot, nbytes, upto) : tsqp_ring_fill(ring, upto);
+        filled = upto;
+        if (check_random(state) % 1024 == 0)
+            nanosleep(&(struct timespec){.tv_nsec = 20000},
+                      NULL); /* long enough for the reader to go to sleep */
+    } while (rc == TSQP_OK && filled < nbytes);
+    if (rc != TSQP_OK)
+        die("a part could not be published", slot->ticket);
+}
+
+static void follow(struct tsqp_ring *ring, struct tsqp_slot *slot) {
+    int rc;
+    while ((rc = tsqp_ring_follow(ring, slot, slot->nbytes)) == TSQP_AGAIN) {
+        struct tsqp_watch watch = tsqp_ring_fill_watch(ring, slot);
+        uint64_t start = tsqp_now_ns();
+        tsqp_wait(tsqp_ring_waiter(ring), &watch, 1, SLICE_NS);
+        if (tsqp_now_ns() - start >= SLICE_NS)
+            die("nobody woke the reader of a message in parts", slot->ticket);
+    }
+    if (rc != TSQP_OK)
+        die("its parts went wrong", slot->ticket);
+}
+
+/* As the parts come, or once all of them are there. */
+static void read_in_parts(struct tsqp_ring *ring, struct tsqp_slot *slot, uint8_t *out, bool as_they_come) {
+    uint64_t done = 0;
+    if (!as_they_come)
+        follow(ring, slot);
+    while (tsqp_inflow_copy(ring, slot, 0, out, slot->nbytes, &done) == TSQP_AGAIN) {
+        struct tsqp_watch watch = tsqp_ring_fill_watch(ring, slot);
+        tsqp_wait(tsqp_ring_waiter(ring), &watch, 1, SLICE_NS);
+    }
+    if (done != slot->nbytes)
+        die("its parts went wrong", slot->ticket);
+    follow(ring, slot);
+}
+
 /* ---- one producer, one consumer ---- */
 
 struct scenario {
@@ -153,9 +202,13 @@ static void *produce(void *argument) {
         }
         uint64_t nbytes = message_bytes(k);
         fill(private, k, nbytes);
-        tsqp_copy_to_shared(slot.data, private, nbytes);
-        if (tsqp_ring_publish(ring, &slot, nbytes) != TSQP_OK)
-            die("publish failed", k);
+        if (check_random(&state) % 2 && nbytes > 0) {
+            write_in_parts(ring, &slot, private, nbytes, &state);
+        } else {
+            tsqp_copy_to_shared(slot.data, private, nbytes);
+            if (tsqp_ring_publish(ring, &slot, nbytes) != TSQP_OK)
+                die("publish failed", k);
+        }
         dawdle(&state);
     }
     return NULL;
@@ -188,7 +241,11 @@ static void *consume(void *argument) {
         }
         if (rc != TSQP_OK || slot.ticket != k || slot.nbytes != message_bytes(k))
             die("it arrived wrong, or not at all", k);
-        tsqp_copy_from_shared(private, slot.data, slot.nbytes);
+        if (check_random(&state) % 64 == 0) { /* given back unread, it comes again */
+            if (tsqp_ring_unread(ring, &slot) != TSQP_OK || tsqp_ring_try_read(ring, &slot) != TSQP_OK)
+                die("it could not be given back unread", k);
+        }
+        read_in_parts(ring, &slot, private, check_random(&state) % 2);
         verify(private, k, slot.nbytes);
         leases[count++] = slot;
         if (count >= run->scenario->held)
@@ -259,6 +316,7 @@ static unsigned take_turn(struct many *many, uint64_t read[RINGS]) {
             continue;
         if (rc != TSQP_OK || slot.ticket != read[r])
             die("a ring of many delivered it wrong", read[r]);
+        follow(many->runs[r].link.consumer, &slot);
         verify(slot.data, slot.ticket, slot.nbytes);
         tsqp_ring_release(many->runs[r].link.consumer, &slot);
         read[r]++;
