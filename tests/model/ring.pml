@@ -214,7 +214,7 @@ inline close_end(me) {
 
 /* ---- the producer ---- */
 
-/* ring.c: reclaim */
+/* ring.c: reclaim, try_reclaim */
 inline reclaim(k) {
     if
     :: entry_slot[(k) % N] != NOBODY ->
@@ -531,6 +531,11 @@ active proctype consumer() {
         if
         :: copy_message()
         :: lease_message()
+        :: filled < size ->
+            /* ring.c: tsqp_ring_unread, then a wait with tsqp_ring_watch for all of it */
+            wait(CONSUMER, FILLED(next % N), filled, WAITING(next % N, CONSUMER));
+            d_step { slot = 0; size = 0; filled = 0 };
+            goto again
         fi;
         skip;
         d_step { delivered++; next++; slot = 0; size = 0; filled = 0; part = 0 };
