@@ -287,7 +287,7 @@ static void step(struct victim *victim, struct fuzz_input *input) {
 
 /* ---- attaching to a file of the input's making ---- */
 
-static char scratch[] = "/tmp/tsqp-fuzz-XXXXXX";
+static char scratch[64] = "/tmp/tsqp-fuzz-XXXXXX";
 
 static void remove_scratch(void) {
     rmdir(scratch);
@@ -297,8 +297,12 @@ static void make_scratch(void) {
     static bool made;
     if (made)
         return;
-    DEMAND(mkdtemp(scratch) != NULL && setenv("TSQP_SHM_DIR", scratch, 1) == 0);
-    DEMAND(atexit(remove_scratch) == 0);
+    /* run.py gives a directory and removes it: libFuzzer ends without calling what atexit was told. */
+    const char *given = getenv("TSQP_SHM_DIR");
+    if (given)
+        DEMAND(snprintf(scratch, sizeof scratch, "%s", given) < (int)sizeof scratch);
+    else
+        DEMAND(mkdtemp(scratch) && setenv("TSQP_SHM_DIR", scratch, 1) == 0 && atexit(remove_scratch) == 0);
     made = true;
 }
 

@@ -167,8 +167,10 @@ def main() -> int:
         tally.skipped += 1
         replay(tally)
     elif flavour := fuzzing_flavour(clang, tally):
-        for target in SEEDS:
-            fuzz(target, options.minutes, options.update, clang, flavour, tally)
+        with tempfile.TemporaryDirectory(prefix="tsqp-fuzz-", dir="/tmp") as folder:
+            flavour.options["TSQP_SHM_DIR"] = folder
+            for target in SEEDS:
+                fuzz(target, options.minutes, options.update, clang, flavour, tally)
     print(tally.line())
     return 1 if tally.failed else 0
 
