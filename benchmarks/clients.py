@@ -31,13 +31,14 @@ GEOMETRY = {"max_chunk_bytes": 2 << 20, "max_chunks": 4}
 PATIENCE_S = 60.0
 
 
-def serve(wire: Connection, endpoint: str) -> None:
+def serve(wire: Connection, endpoint: str, core: int | None) -> None:
     """Echoes what any client sends, in the one thread of this process, until `wire` says something."""
     _begin()
     with tsqp.listen(endpoint, max_clients=max(COUNTS), **GEOMETRY) as listener:
         wire.send("ready")
         ended = threading.Event()  # looking at the wire in the loop would cost more than an echo
         threading.Thread(target=_end_when_told, args=(wire, ended, listener), daemon=True).start()
+        machine.pin(core)  # the threads started before stay free
         while not ended.is_set():
             for channel in listener.wait():
                 _answer(channel)
@@ -62,9 +63,10 @@ def _answer(channel: Any) -> None:
         channel.close()
 
 
-def call(wire: Connection, endpoint: str) -> None:
+def call(wire: Connection, endpoint: str, core: int | None) -> None:
     """A client: connects with a tensor of the size it hears, echoes it in the span it hears, and says how often."""
     _begin()
+    machine.pin(core)
     while (nbytes := wire.recv()) is not None:
         tensor = random_tensor(nbytes, seed=0)
         with tsqp.connect(endpoint, timeout=PATIENCE_S) as channel:
@@ -91,11 +93,11 @@ def _begin() -> None:
 
 
 class Worker:
-    """A process that runs ``target(wire, endpoint)``."""
+    """A process that runs ``target(wire, endpoint, core)``."""
 
-    def __init__(self, target: Callable[[Connection, str], None], endpoint: str) -> None:
+    def __init__(self, target: Callable[[Connection, str, int | None], None], endpoint: str, core: int | None) -> None:
         self._wire, theirs = processes.Pipe()
-        self._process = processes.Process(target=target, args=(theirs, endpoint), daemon=True)
+        self._process = processes.Process(target=target, args=(theirs, endpoint, core), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -120,16 +122,16 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(count: int) -> Iterator[list[Worker]]:
-    """That many clients, and the server they can connect to."""
+def workers(count: int, setting: Setting) -> Iterator[list[Worker]]:
+    """That many clients, and the server they can connect to: it on one core, they share the other."""
     with tempfile.TemporaryDirectory(prefix="clients-") as folder, contextlib.ExitStack() as stack:
         endpoint = f"ipc://{Path(folder) / 'server.sock'}"
-        server = Worker(serve, endpoint)
+        server = Worker(serve, endpoint, setting.server_core)
         stack.callback(server.end)
         server.hear()
         clients = []
         for _ in range(count):
-            clients.append(Worker(call, endpoint))
+            clients.append(Worker(call, endpoint, setting.client_core))
             stack.callback(clients[-1].end)
         yield clients
 
@@ -146,19 +148,35 @@ def turn(clients: Sequence[Worker], nbytes: int, setting: Setting) -> list[int]:
     return [client.hear() for client in clients]
 
 
+def copies_alone(count: int, nbytes: int, seconds: float) -> float:
+    """Echoes a second that the copies of `count` clients' echoes allow, made in turn by one core and nothing else:
+    what they have in memory together may be more than a cache holds."""
+    rows = [[torch.zeros(nbytes, dtype=torch.uint8) for _ in range(4)] for _ in range(count)]
+    done, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds or done < 2 * count:
+        for source, request, reply, result in rows:
+            request.copy_(source)
+            reply.copy_(request)
+            result.copy_(reply)
+        done += count
+    return done / spent
+
+
 def run(setting: Setting, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
     echoes: dict[int, dict[int, list[list[int]]]] = {nbytes: {count: [] for count in counts} for nbytes in SIZES}
-    with workers(max(counts)) as clients, setting.part(ROUNDS * len(SIZES) * len(counts)):
+    with workers(max(counts), setting) as clients, setting.part(ROUNDS * len(SIZES) * len(counts)):
         for number in range(ROUNDS):
             for nbytes in SIZES:
                 for count in counts if number % 2 == 0 else reversed(counts):
                     setting.step(f"{count} clients, {size_text(nbytes)}")
                     echoes[nbytes][count].append(turn(clients[:count], nbytes, setting))
     seconds = setting.seconds(SECONDS_PER_TURN)
-    return {
-        "counts": list(counts),
-        "sizes": {str(nbytes): summary(cells, seconds) for nbytes, cells in echoes.items()},
-    }
+    sizes = {str(nbytes): summary(cells, seconds) for nbytes, cells in echoes.items()}
+    with setting.pinned():
+        for nbytes in SIZES:
+            alone = {str(count): copies_alone(count, nbytes, seconds / 4) for count in counts}
+            sizes[str(nbytes)]["copies_alone_per_s"] = alone
+    return {"counts": list(counts), "sizes": sizes}
 
 
 def summary(cells: dict[int, list[list[int]]], seconds: float) -> dict[str, Any]:
@@ -184,9 +202,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for nbytes, cells in result["sizes"].items():
         title = f"Clients on one server of one thread, echo of {size_text(int(nbytes))}"
         table = Table(title=title, title_justify="left")
-        for column in ("clients", "echoes/s", "of peak", "max/min share"):
+        for column in (
+            "clients",
+            "echoes/s",
+            "of peak",
+            "max/min share",
+            "their copies alone, one core, /s",
+            "of peak",
+        ):
             table.add_column(column, justify="right")
+        alone = cells["copies_alone_per_s"]
         for count, rate in cells["echoes_per_s"].items():
-            table.add_row(count, figure(rate), f"{cells['of_peak'][count]:.2f}", f"{cells['max_over_min'][count]:.2f}")
+            limits = figure(alone[count]), f"{alone[count] / max(alone.values()):.2f}"
+            share = f"{cells['max_over_min'][count]:.2f}"
+            table.add_row(count, figure(rate), f"{cells['of_peak'][count]:.2f}", share, *limits)
         found.append(table)
     return found

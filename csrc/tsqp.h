@@ -177,6 +177,9 @@ struct tsqp_watch tsqp_ring_fill_watch(struct tsqp_ring *ring, const struct tsqp
 int tsqp_ring_unread(struct tsqp_ring *ring, const struct tsqp_slot *slot);
 uint64_t tsqp_ring_free_slots(struct tsqp_ring *ring); /* producer: how many writes would not wait */
 void tsqp_ring_wake_peer(struct tsqp_ring *ring);
+/* Producer: wakes a sleeping consumer for a message that is still being made; its wake-up takes about as
+ * long. */
+void tsqp_ring_rouse(struct tsqp_ring *ring);
 
 /* ---- the payload of one message through a slot (stream.c) ---- */
 

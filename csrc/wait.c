@@ -19,8 +19,10 @@
 
 #define SPIN_MIN_NS UINT64_C(1000)
 #define PURE_SPIN_NS UINT64_C(5000)
-#define PROBE_EVERY 8u
-#define PROBE_REACH 3u
+/* Between two looks at the clock a thread that runs spends far less. */
+#define STALL_NS UINT64_C(20000)
+#define REWAKE_SPIN_NS UINT64_C(200000)
+#define PROBE_EVERY 16u
 #define SPINS_PER_CLOCK_READ 32
 #define YIELDS 8
 #define POLL_YIELDS 200 /* measured to be right inside Gramine, where a sleep leaves the enclave */
@@ -63,33 +65,43 @@ static bool any_closed(const struct tsqp_watch *watches, size_t count) {
 
 /* The first microseconds are spent on the word alone. After them each look is followed by a yield: it costs
  * nothing where the core has no other work, and gives way where the peer computes on it. Going to sleep
- * instead would let the core halt, and waking it costs more than most answers take. */
-static bool spin(const struct tsqp_watch *watches, size_t count, uint64_t start, uint64_t budget_ns,
-                 bool yields) {
-    uint64_t waited;
+ * instead would let the core halt, and waking it costs more than most answers take.
+ *
+ * Only time in which this thread ran counts against the budget and is added to `*waited`: what others took of
+ * the core says nothing about how fast the peer answers. */
+static bool spin(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t until,
+                 uint64_t budget_ns, uint64_t *waited) {
+    bool yields = waiter->mode != TSQP_WAIT_SPIN;
+    uint64_t ran = 0, last = tsqp_now_ns();
     do {
         for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
-            if (any_ready(watches, count))
+            if (any_ready(watches, count)) {
+                *waited += ran;
                 return true;
+            }
             tsqp_cpu_relax();
         }
-        waited = tsqp_now_ns() - start;
-        if (yields && waited > PURE_SPIN_NS)
+        uint64_t now = tsqp_now_ns();
+        ran += now - last < STALL_NS ? now - last : STALL_NS;
+        last = now;
+        if (yields && ran > PURE_SPIN_NS) {
             sched_yield();
-    } while (waited < budget_ns);
+            last = tsqp_now_ns();
+        }
+    } while (ran < budget_ns && last < until);
+    *waited += ran;
     return false;
 }
 
 /* Spinning is worth its core only while the peer answers within spin_max: a wait that ended in time restores
  * the whole budget, one that did not halves it. Where both ends block, the wake-ups alone can make every wait
- * too long and neither would find back: so while waits are not much too long, every PROBE_EVERY-th one spins
- * in full. */
+ * too long and neither would find back: so every PROBE_EVERY-th one spins in full. */
 static void learn(struct tsqp_waiter *waiter, uint64_t waited_ns) {
     uint64_t budget = waiter->spin_ns / 2;
     if (waited_ns <= waiter->spin_max_ns) {
         waiter->misses = 0;
         budget = waiter->spin_max_ns;
-    } else if (++waiter->misses % PROBE_EVERY == 0 && waited_ns < PROBE_REACH * waiter->spin_max_ns) {
+    } else if (++waiter->misses % PROBE_EVERY == 0) {
         budget = waiter->spin_max_ns;
     }
     waiter->spin_ns = budget > SPIN_MIN_NS ? budget : SPIN_MIN_NS;
@@ -153,7 +165,8 @@ static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watch
             tsqp_add_seq_cst(watches[i].waiting, 1);
         int rc = TSQP_OK;
         /* SYNC: the closer stores `closed`, then looks at `waiting`; we the other way round, both seq_cst:
-         * either it wakes us or we see it here. */
+         * either it means to wake us or we see it here. Its wake-up may still come before we sleep; a close
+         * does not change the word the kernel compares, and is then seen after this slice. */
         if (any_closed(watches, count))
             ; /* the caller looks again */
         else if (count == 1)
@@ -174,14 +187,13 @@ static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watch
 }
 
 static bool spin_and_yield(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count,
-                           uint64_t start, uint64_t slice_ns) {
+                           uint64_t until, uint64_t *waited) {
     uint64_t spin_ns = waiter->spin_ns;
     if (waiter->mode == TSQP_WAIT_SPIN)
-        spin_ns = slice_ns;
+        spin_ns = UINT64_MAX;
     else if (waiter->mode == TSQP_WAIT_BLOCK)
         spin_ns = 0;
-    bool gives_way = waiter->mode != TSQP_WAIT_SPIN;
-    if (spin(watches, count, start, spin_ns < slice_ns ? spin_ns : slice_ns, gives_way))
+    if (spin(waiter, watches, count, until, spin_ns, waited))
         return true;
     if (waiter->mode == TSQP_WAIT_SPIN)
         return false;
@@ -195,21 +207,23 @@ static bool spin_and_yield(struct tsqp_waiter *waiter, const struct tsqp_watch *
 }
 
 int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t slice_ns) {
-    uint64_t start = tsqp_now_ns();
-    uint64_t waited = 0;
+    uint64_t start = tsqp_now_ns(), until = start + slice_ns;
+    uint64_t waited = 0; /* in which this thread ran or slept */
     int rc = TSQP_OK;
-    bool ready = spin_and_yield(waiter, watches, count, start, slice_ns);
+    bool ready = spin_and_yield(waiter, watches, count, until, &waited);
     while (!ready) {
-        waited = tsqp_now_ns() - start;
-        if (waited >= slice_ns || rc != TSQP_OK || any_closed(watches, count))
+        uint64_t now = tsqp_now_ns();
+        if (now >= until || rc != TSQP_OK || any_closed(watches, count))
             break;
-        rc = block_once(waiter, watches, count, slice_ns - waited);
+        rc = block_once(waiter, watches, count, until - now);
         ready = any_ready(watches, count);
+        waited += tsqp_now_ns() - now;
+        /* Woken, and nothing there: somebody is about to publish (tsqp_ring_rouse). */
+        if (!ready && rc == TSQP_OK && waiter->futex && waiter->mode != TSQP_WAIT_BLOCK)
+            ready = spin(waiter, watches, count, until, REWAKE_SPIN_NS, &waited);
     }
-    if (ready) {
+    if (ready)
         waiter->sleep_ns = SLEEP_MIN_NS;
-        waited = tsqp_now_ns() - start;
-    }
     learn(waiter, waited);
     if (ready)
         return TSQP_OK;

@@ -204,6 +204,7 @@ cdef class Port:
         cdef c.tsqp_message_header *header
         if self.direct_send and not self._closed and self.send_gate.take():
             try:
+                c.tsqp_ring_rouse(self._tx.ptr)
                 header = &self._encoder.out.header
                 header.tag = tag
                 header.flags = flags

@@ -100,6 +100,7 @@ cdef extern from "tsqp.h" nogil:
     int tsqp_ring_unread(tsqp_ring *ring, const tsqp_slot *slot)
     uint64_t tsqp_ring_free_slots(tsqp_ring *ring)
     void tsqp_ring_wake_peer(tsqp_ring *ring)
+    void tsqp_ring_rouse(tsqp_ring *ring)
 
     struct tsqp_outflow:
         tsqp_ring *ring
