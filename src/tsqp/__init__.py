@@ -21,6 +21,7 @@ _LAZY = {
     "ShmRingBuffer": "_ring",
     "GPUClient": "client",
     "GPUServer": "server",
+    "PendingCall": "pending",
     "attach": "split",
     "detach": "split",
     "from_pretrained": "split",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .client import GPUClient as GPUClient
     from .listener import Listener as Listener
     from .listener import listen as listen
+    from .pending import PendingCall as PendingCall
     from .server import GPUServer as GPUServer
     from .split import attach as attach
     from .split import detach as detach
