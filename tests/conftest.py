@@ -29,6 +29,10 @@ import peers as peers_module
 import pytest
 import torch
 import zmq.utils.garbage
+from carriers import Carrier
+
+import tsqp
+from tsqp.listener import Listener
 
 # A shell ignores SIGINT for its background jobs and children inherit that: Ctrl-C must reach the tests' processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -245,6 +249,13 @@ def endpoint(request: pytest.FixtureRequest) -> str:
     directory = request.config.stash[_scratch][1] / str(next(_numbers))
     directory.mkdir(mode=0o700)
     return f"ipc://{directory}/s"
+
+
+@pytest.fixture
+def listener(carrier: Carrier, endpoint: str) -> Iterator[Listener]:
+    """A listener for the test module's own ``carrier``."""
+    with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as made:
+        yield made
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import peers
 import pytest
@@ -20,7 +20,6 @@ from tsqp.errors import (
     EndpointBusyError,
     EndpointError,
 )
-from tsqp.listener import Listener
 from tsqp.transport import Channel
 
 StartPeer = Callable[..., Peer]
@@ -29,12 +28,6 @@ StartPeer = Callable[..., Peer]
 @pytest.fixture(params=["ring", "zmq-ipc", "zmq-tcp"])
 def carrier(request: pytest.FixtureRequest) -> Carrier:
     return CARRIERS[request.param]
-
-
-@pytest.fixture
-def listener(carrier: Carrier, endpoint: str) -> Iterator[Listener]:
-    with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as made:
-        yield made
 
 
 @pytest.mark.parametrize(

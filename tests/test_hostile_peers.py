@@ -37,12 +37,6 @@ def carrier(request: pytest.FixtureRequest) -> Carrier:
     return CARRIERS[request.param]
 
 
-@pytest.fixture
-def listener(carrier: Carrier, endpoint: str) -> Iterator[Listener]:
-    with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as made:
-        yield made
-
-
 def raw_socket(listener: Listener) -> socket.socket:
     parsed = parse_endpoint(listener.endpoint)
     family = socket.AF_UNIX if parsed.scheme == "ipc" else socket.AF_INET
@@ -168,7 +162,7 @@ def test_rubbish_in_a_large_message_is_an_error_and_the_next_one_arrives(listene
                 dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), head, *frames])
                 with pytest.raises(tsqp.errors.MessageError):
                     server.recv(PATIENCE_S)
-            codec = tsqp._message.Codec()
+            codec = tsqp._message.Encoder()
             codec.plan([], b"", 7, 0, 42, 0, 0, 0, 0, 0)
             dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), codec.head_bytes(b"")])
             assert server.recv(PATIENCE_S).request_id == 42

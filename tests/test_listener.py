@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import peers
@@ -26,7 +26,6 @@ from tsqp.errors import (
     SharedMemoryFullError,
     WaitTimeoutError,
 )
-from tsqp.listener import Listener
 from tsqp.transport import Channel
 
 StartPeer = Callable[..., Peer]
@@ -35,12 +34,6 @@ StartPeer = Callable[..., Peer]
 @pytest.fixture(params=["ring", "zmq-ipc", "zmq-tcp"])
 def carrier(request: pytest.FixtureRequest) -> Carrier:
     return CARRIERS[request.param]
-
-
-@pytest.fixture
-def listener(carrier: Carrier, endpoint: str) -> Iterator[Listener]:
-    with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as made:
-        yield made
 
 
 # --- many clients ---------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from tsqp._message import (
     FLAG_VIA_ZMQ,
     MAX_META_BYTES,
     MAX_TENSORS,
-    Codec,
+    Decoder,
+    Encoder,
     Message,
     deadline_ns,
     pack_meta,
@@ -43,7 +44,7 @@ class Through:
 
     def __init__(self) -> None:
         self.segment = Segment.create(1 << 18, 3, 1)
-        self.out, self.inn = Codec(), Codec()
+        self.out, self.inn = Encoder(), Decoder()
         self.writer = Ring(self.segment, 0, True)
         self.reader = Ring(self.segment, 0, False)
 
@@ -458,7 +459,7 @@ def test_frames_are_checked_against_the_header(through):
     message = raw((2, 2), (3,))
     head = message.pack()[: message.head_bytes()]
     frames = [bytearray(16), bytearray(12)]
-    codec = Codec()
+    codec = Decoder()
     assert [list(t.shape) for t in codec.decode_frames(head, frames).tensors] == [[2, 2], [3]]
     for wrong in (frames[:1], [], [*frames, b""]):
         with pytest.raises(TruncatedMessageError):

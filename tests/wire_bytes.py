@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tsqp import ShmRingBuffer
-from tsqp._message import DTYPE_CODES, Codec, Message, deadline_ns
+from tsqp._message import DTYPE_CODES, Decoder, Message, deadline_ns
 from tsqp._ring import Ring, Segment
 
 HEADER = struct.Struct("<IHHIIQiIIIQQQQ7Q")
@@ -100,7 +100,7 @@ class Reader:
         handle = self.writer.handle()
         segment = Segment.attach(handle.max_chunk_bytes, handle.max_chunks, 1, handle.name, handle.session)
         self.ring = Ring(segment, 0, False)
-        self.codec = Codec()
+        self.codec = Decoder()
 
     def put(self, data: bytes) -> None:
         with self.writer.acquire_write(0, len(data)) as view:

@@ -4,7 +4,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from typing_extensions import disjoint_base
 
-from ._message import Codec, Lease, Message
+from ._message import Decoder, Encoder, Lease, Message
 from ._ring import Doorbell, Ring
 from .receiving import HeldMessage
 
@@ -36,9 +36,9 @@ class Port:
     @property
     def _rx(self) -> Ring | None: ...
     @property
-    def _encoder(self) -> Codec: ...
+    def _encoder(self) -> Encoder: ...
     @property
-    def _decoder(self) -> Codec: ...
+    def _decoder(self) -> Decoder: ...
     @property
     def send_gate(self) -> Gate: ...
     @property

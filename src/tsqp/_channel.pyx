@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 
 from . cimport _core as c
-from ._message cimport OUT_OF_SLOT, Codec, Lease, Message, meta_of
+from ._message cimport OUT_OF_SLOT, Decoder, Encoder, Lease, Message, meta_of
 from ._ring cimport Doorbell, Ring, deadline_of
 
 import threading
@@ -73,7 +73,7 @@ cdef class Reservation:
     """The ``with`` block of :meth:`Port.reserve`."""
 
     cdef Port port
-    cdef Codec codec
+    cdef Encoder codec
     cdef c.tsqp_slot slot
     cdef tuple fields
     cdef object specs
@@ -154,8 +154,8 @@ cdef class Port:
 
     cdef readonly Ring _tx
     cdef readonly Ring _rx
-    cdef readonly Codec _encoder
-    cdef readonly Codec _decoder
+    cdef readonly Encoder _encoder
+    cdef readonly Decoder _decoder
     cdef readonly Gate send_gate
     cdef readonly Gate receive_gate
     cdef public bint direct_send
@@ -169,7 +169,7 @@ cdef class Port:
 
     def __init__(self, Ring tx, Ring rx, uint64_t threshold):
         self._tx, self._rx, self.threshold = tx, rx, threshold
-        self._encoder, self._decoder = Codec(), Codec()
+        self._encoder, self._decoder = Encoder(), Decoder()
         self.send_gate, self.receive_gate = Gate(), Gate()
         self._reserved_by = None
         self.direct_send = tx is not None
@@ -199,6 +199,7 @@ cdef class Port:
             MessageError (and its subclasses), WaitTimeoutError, ClosedError, PeerDiedError.
         """
         cdef bytes packed = meta_of(meta)
+        cdef tuple kept = tuple(tensors)  # their memory is read without the GIL: nobody else may let go of them
         cdef uint64_t total
         cdef c.tsqp_slot slot
         cdef c.tsqp_message_header *header
@@ -214,7 +215,7 @@ cdef class Port:
                 header.index = index
                 header.compute_ns = compute_ns
                 header.queue_ns = queue_ns
-                total = self._encoder.begin(tensors, packed, wire)
+                total = self._encoder.begin(kept, packed, wire)
                 if total < self.threshold and self._tx.try_acquire(&slot):
                     self._encoder.write_slot(self._tx, packed, &slot)
                     self._sent += 1
@@ -223,7 +224,7 @@ cdef class Port:
             finally:
                 self.send_gate.give()
         fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
-        return self._send_slow(tensors, packed, fields, timeout, transfer, wire)
+        return self._send_slow(kept, packed, fields, timeout, transfer, wire)
 
     def reserve(self, specs, *, uint32_t tag=0, meta=None, uint64_t request_id=0, int status=0, uint32_t flags=0,
                 uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None):

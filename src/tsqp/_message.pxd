@@ -34,16 +34,18 @@ cdef class TensorBytes:
     cdef Py_ssize_t nbytes
 
 
-cdef class Codec:
-    cdef tsqp_message out
-    cdef tsqp_message inn
-    cdef Source sources[64]
+cdef class Scratch:
     cdef uint8_t *scratch
     cdef uint64_t scratch_bytes
-
     cdef uint8_t *_scratch(self, uint64_t nbytes) except NULL
+
+
+cdef class Encoder(Scratch):
+    cdef tsqp_message out
+    cdef Source sources[64]
     cdef list packed
     cdef uint64_t begin(self, tensors, bytes meta, object wire) except 0
+    cdef int _count_parts(self, Py_ssize_t count, bytes meta) except -1
     cdef uint64_t begin_specs(self, specs, bytes meta) except 0
     cdef list tensors_in(self, Ring ring, tsqp_slot *slot)
     cdef int check_written(self, list tensors) except -1
@@ -52,11 +54,15 @@ cdef class Codec:
     cdef TensorBytes _packed(self, Py_ssize_t i)
     cdef TensorBytes _encoded(self, Py_ssize_t i)
     cdef _keep(self, Py_ssize_t i, TensorBytes private)
-    cdef uint64_t _decoded_bytes(self)
-    cdef object _decoded(self, Ring ring, tsqp_slot *slot, tsqp_tensor_desc *desc, uint64_t deadline_ns)
     cdef int write_slot(self, Ring ring, bytes meta, tsqp_slot *slot) except -1
     cdef void _fill(self, Ring ring, tsqp_slot *slot, const uint8_t *head, uint64_t head_bytes) noexcept nogil
     cdef void _fill_tile(self, uint8_t *slot, uint64_t start, uint64_t nbytes) noexcept nogil
+
+
+cdef class Decoder(Scratch):
+    cdef tsqp_message inn
+    cdef uint64_t _decoded_bytes(self)
+    cdef object _decoded(self, Ring ring, tsqp_slot *slot, tsqp_tensor_desc *desc, uint64_t deadline_ns)
     cdef int _parse(self, const uint8_t *first, uint64_t looked, uint64_t available, const uint8_t *rest) except -1
     cdef bytes _meta(self, const uint8_t *first, uint64_t looked, const uint8_t *rest)
     cdef Message read_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns, bint view)
