@@ -106,7 +106,7 @@ def test_rpc_measures_both_dtypes_and_a_bare_channel(parts: dict[str, Any]) -> N
 
 def test_idle_has_shares_and_a_first_message_for_every_length(parts: dict[str, Any]) -> None:
     idle = parts["idle"]["idle"]
-    assert set(idle) == {"channel", "rpc"}
+    assert set(idle) == {"channel", "rpc", "futex"}
     for ends in idle.values():
         assert len(ends) == 4
         for cell in ends.values():

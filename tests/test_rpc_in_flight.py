@@ -178,7 +178,7 @@ def test_bytes_that_are_no_message_end_what_is_in_flight(tmp_path):
         if msg.tag == Method.INIT:
             return None
         if msg.request_id == 3:
-            (channel,) = server._listener._channels
+            (channel,) = server._listener._hub.channels
             channel._link.send(b"rubbish" * 30, [], 0, time.monotonic() + PATIENCE_S, True)
             answered.set()
             return []
