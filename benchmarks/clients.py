@@ -24,8 +24,8 @@ from .setting import Setting, median, random_tensor
 
 COUNTS = (1, 2, 4, 8, 16)
 SIZES = (1 << 10, 1 << 20)
-ROUNDS = 5
-SECONDS_PER_TURN = 0.6
+ROUNDS = 3
+SECONDS_PER_TURN = 1.5
 WARMUP_S = 0.15
 GEOMETRY = {"max_chunk_bytes": 2 << 20, "max_chunks": 4}
 PATIENCE_S = 60.0
