@@ -25,7 +25,9 @@ from .setting import Setting, median, random_tensor
 COUNTS = (1, 2, 4, 8, 16)
 SIZES = (1 << 10, 1 << 20)
 ROUNDS = 3
-SECONDS_PER_TURN = 1.5
+#: Clients that share a core run in slices of milliseconds that end early at random: a share is only known after many.
+SECONDS_PER_TURN = 1.0
+SECONDS_PER_CLIENT = 0.4
 WARMUP_S = 0.15
 GEOMETRY = {"max_chunk_bytes": 2 << 20, "max_chunks": 4}
 PATIENCE_S = 60.0
@@ -143,9 +145,15 @@ def turn(clients: Sequence[Worker], nbytes: int, setting: Setting) -> list[int]:
     if not all(client.hear() for client in clients):
         raise WrongAnswerError("a client was returned something else than it sent")
     begin = time.monotonic() + setting.seconds(WARMUP_S)
+    seconds = turn_seconds(len(clients), setting)
     for client in clients:
-        client.say((begin, begin + setting.seconds(SECONDS_PER_TURN)))
+        client.say((begin, begin + seconds))
     return [client.hear() for client in clients]
+
+
+def turn_seconds(count: int, setting: Setting) -> float:
+    """How long a turn of `count` clients takes."""
+    return setting.seconds(max(SECONDS_PER_TURN, SECONDS_PER_CLIENT * count))
 
 
 def copies_alone(count: int, nbytes: int, seconds: float) -> float:
@@ -170,18 +178,19 @@ def run(setting: Setting, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
                 for count in counts if number % 2 == 0 else reversed(counts):
                     setting.step(f"{count} clients, {size_text(nbytes)}")
                     echoes[nbytes][count].append(turn(clients[:count], nbytes, setting))
-    seconds = setting.seconds(SECONDS_PER_TURN)
-    sizes = {str(nbytes): summary(cells, seconds) for nbytes, cells in echoes.items()}
+    sizes = {str(nbytes): summary(cells, setting) for nbytes, cells in echoes.items()}
     with setting.pinned():
         for nbytes in SIZES:
-            alone = {str(count): copies_alone(count, nbytes, seconds / 4) for count in counts}
+            alone = {str(count): copies_alone(count, nbytes, setting.seconds(0.25)) for count in counts}
             sizes[str(nbytes)]["copies_alone_per_s"] = alone
     return {"counts": list(counts), "sizes": sizes}
 
 
-def summary(cells: dict[int, list[list[int]]], seconds: float) -> dict[str, Any]:
+def summary(cells: dict[int, list[list[int]]], setting: Setting) -> dict[str, Any]:
     """Medians over the rounds."""
-    total = {count: median([sum(one) / seconds for one in rounds]) for count, rounds in cells.items()}
+    total = {
+        count: median([sum(one) / turn_seconds(count, setting) for one in rounds]) for count, rounds in cells.items()
+    }
     peak = max(total.values())
     spread = {count: median([max(one) / max(min(one), 1e-9) for one in rounds]) for count, rounds in cells.items()}
     return {
