@@ -16,6 +16,8 @@ from .receiving import NOW_NS
 if TYPE_CHECKING:
     from .transport import Channel
 
+#: Header fields of one message: tag, flags, request_id, status, site, index, compute_ns, queue_ns.
+Fields = tuple[int, int, int, int, int, int, int, int]
 #: A tile small enough to be still in cache when the peer copies it out, large enough to make its cost vanish.
 TILE_BYTES = 1 << 20
 #: How long a flush that must not block waits for a reader that keeps up.
@@ -41,13 +43,12 @@ class Sender:
         self,
         tensors: Sequence[Any],
         meta: bytes,
-        fields: tuple[int, int, int, int, int, int, int, int],
+        fields: Fields,
         timeout: float | None,
         transfer: bool,
         wire: Any,
     ) -> int:
-        """Sends one message and returns its bytes. `fields`: tag, flags, request_id, status, site, index,
-        compute_ns, queue_ns."""
+        """Sends one message and returns its bytes."""
         deadline = deadline_ns(timeout)
         self.clear(deadline)
         total = self._codec.plan(tensors, meta, *fields, wire)

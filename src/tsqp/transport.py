@@ -32,7 +32,7 @@ from .errors import (
 )
 from .links import ClientLink, Link
 from .receiving import NOW_NS, HeldMessage, Receiver
-from .sending import Sender, seconds_until
+from .sending import Fields, Sender, seconds_until
 
 #: A server can't make a client map more than this.
 MAX_SEGMENT_BYTES = 64 << 30
@@ -103,7 +103,7 @@ class Channel(Port):
         self,
         tensors: Sequence[Any],
         meta: bytes,
-        fields: tuple[int, int, int, int, int, int, int, int],
+        fields: Fields,
         timeout: float | None,
         transfer: bool,
         wire: Any,
@@ -117,8 +117,7 @@ class Channel(Port):
     def start_learning(self, measured: dict[str, Cost]) -> None:
         """Takes what carriers cost here; the ring is measured now."""
         assert self._tx is not None
-        samples = [self._encoder.copy_ns(self._tx, nbytes) for nbytes in (1 << 16, 1 << 20)]
-        small, large = samples
+        small, large = (self._encoder.copy_ns(self._tx, nbytes) for nbytes in (1 << 16, 1 << 20))
         if small is not None and large is not None and large[0] > small[0]:
             copies = cost_of(small, large)
             measured = {**measured, RING: copies, TILE: Cost(2 * copies.fixed_ns, copies.per_byte_ns)}
