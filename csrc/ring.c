@@ -117,13 +117,13 @@ struct tsqp_watch tsqp_ring_watch(struct tsqp_ring *ring) {
     uint64_t even = lap_even(ring, ring->next);
     uint64_t *closed = peer_closed_word(ring);
     if (ring->role == TSQP_CONSUMER) {
-        if (!ring->leased[ring->next % ring->count] && tsqp_load_acquire(&entry->seq) == even + 1) {
+        bool leased = ring->leased[ring->next % ring->count] != 0;
+        if (!leased && tsqp_load_acquire(&entry->seq) == even + 1) {
             uint64_t filled = tsqp_load_acquire(&entry->filled);
             if (filled < tsqp_load_relaxed(&entry->nbytes))
                 return (struct tsqp_watch){&entry->filled, filled, &entry->consumer_waiting, closed};
         }
         /* While the message one lap ago is leased there is none to read, whatever the producer does. */
-        bool leased = ring->leased[ring->next % ring->count] != 0;
         return (struct tsqp_watch){&entry->seq, leased ? even - 1 : even, &entry->consumer_waiting, closed};
     }
     /* Not writable yet means: the message one lap ago is still unread. In lap 0 every entry is writable, and

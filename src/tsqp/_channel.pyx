@@ -92,7 +92,7 @@ cdef class Port:
     cdef public bint link_used
     cdef public bint _closed
     cdef public uint64_t threshold
-    cdef readonly uint64_t _sent, _sent_bytes, _received, _received_bytes
+    cdef public uint64_t _sent, _sent_bytes, _received, _received_bytes  # through the ring, by either way
     cdef object _reserved_by
 
     def __init__(self, Ring tx, Ring rx, uint64_t threshold):

@@ -39,7 +39,7 @@ class Receiver:
     receive gate from a call's start to its end."""
 
     def __init__(self, channel: Channel, link: Link, max_message_bytes: int) -> None:
-        self.ring_count = self.ring_bytes = self.zmq_count = self.zmq_bytes = 0
+        self.zmq_count = self.zmq_bytes = 0
         self.ahead_bytes = 0
         self._channel, self._link, self._peer = channel, link, channel.peer
         self._codec, self._ring, self._max_message_bytes = channel._decoder, channel._rx, max_message_bytes
@@ -136,9 +136,12 @@ class Receiver:
     def _held(self, message: Message | None) -> HeldMessage | None:
         return None if message is None else HeldMessage(message)
 
+    def _count_ring(self, nbytes: int) -> None:
+        self._channel._received += 1
+        self._channel._received_bytes += nbytes
+
     def _count_lease(self, lease: Lease) -> Lease:
-        self.ring_count += 1
-        self.ring_bytes += lease.message.nbytes
+        self._count_ring(lease.message.nbytes)
         return lease
 
     def _next(self, deadline: int) -> Message | None:
@@ -163,8 +166,7 @@ class Receiver:
         if message.flags & _OUT_OF_SLOT:
             self.begin(message)
             return None
-        self.ring_count += 1
-        self.ring_bytes += message.nbytes
+        self._count_ring(message.nbytes)
         return message
 
     def _check_alive(self, ring: Ring) -> None:
@@ -198,8 +200,7 @@ class Receiver:
         self._assembly = None
         self._note_state()
         message = assembly.finish()
-        self.ring_count += 1
-        self.ring_bytes += message.nbytes
+        self._count_ring(message.nbytes)
         return message
 
     def _next_from_link(self, deadline: int) -> Message | None:

@@ -29,7 +29,7 @@ class Sender:
     send gate."""
 
     def __init__(self, channel: Channel, link: Link, chooser: Chooser) -> None:
-        self.ring_count = self.ring_bytes = self.zmq_count = self.zmq_bytes = 0
+        self.zmq_count = self.zmq_bytes = 0
         self._channel, self._link = channel, link
         self._codec, self._ring = channel._encoder, channel._tx
         ring = self._ring
@@ -124,8 +124,8 @@ class Sender:
         return True
 
     def _count_ring(self, nbytes: int) -> None:
-        self.ring_count += 1
-        self.ring_bytes += nbytes
+        self._channel._sent += 1
+        self._channel._sent_bytes += nbytes
 
     def clear(self, deadline: int) -> None:
         """Makes sure of a free slot, and that the receiver does not wait for the rest of another message."""

@@ -255,18 +255,16 @@ class Channel(Port):
     def stats(self) -> dict[str, Any]:
         """Counts of both directions: transfers and bytes by ring (shm) and by ZeroMQ, and by direction."""
         out, inn = self._sender, self._receiver
-        sent, sent_bytes = self._sent + out.ring_count, self._sent_bytes + out.ring_bytes
-        received, received_bytes = self._received + inn.ring_count, self._received_bytes + inn.ring_bytes
         return {
             "transport": self.transport,
-            "shm_transfers": sent + received,
+            "shm_transfers": self._sent + self._received,
             "zmq_transfers": out.zmq_count + inn.zmq_count,
-            "shm_bytes": sent_bytes + received_bytes,
+            "shm_bytes": self._sent_bytes + self._received_bytes,
             "zmq_bytes": out.zmq_bytes + inn.zmq_bytes,
-            "sent_messages": sent + out.zmq_count,
-            "received_messages": received + inn.zmq_count,
-            "sent_bytes": sent_bytes + out.zmq_bytes,
-            "received_bytes": received_bytes + inn.zmq_bytes,
+            "sent_messages": self._sent + out.zmq_count,
+            "received_messages": self._received + inn.zmq_count,
+            "sent_bytes": self._sent_bytes + out.zmq_bytes,
+            "received_bytes": self._received_bytes + inn.zmq_bytes,
         }
 
     def close(self) -> None:
