@@ -458,7 +458,11 @@ def test_waiting_threads_sleep(tmp_path):
 
 def test_a_client_with_much_in_flight_does_not_keep_others_waiting(tmp_path):
     model = gated_model()
-    with serving(model, tmp_path, max_chunks=32) as server, client_of(server) as busy, client_of(server) as other:
+    with (
+        serving(model, tmp_path, max_chunks=32, batching=False) as server,
+        client_of(server) as busy,
+        client_of(server) as other,
+    ):
         busy.init()
         other.init()
         h = torch.randn(1, HIDDEN)

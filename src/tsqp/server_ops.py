@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import model_info
+from .batching import Request
 from .errors import ConfigError, MetaError, RemoteError
 from .loading import ServedModel, ServedModule
 from .protocol import (
@@ -38,14 +39,20 @@ _FLOATS = frozenset(FLOAT_NAMES)
 class LinearTarget:
     """Linear modules of one input width that are called together."""
 
-    __slots__ = ("modules", "outs", "passed", "width")
+    __slots__ = ("key", "modules", "outs", "passed", "width")
 
     def __init__(self, modules: tuple[ServedModule, ...], width: int) -> None:
         self.modules = modules
+        #: Equal for targets of different clients that name the same modules.
+        self.key = tuple(module.name for module in modules)
         self.width = width
         self.outs = sum(module.info.out_features for module in modules)
         #: The dtype and shape that passed the checks last; they depend on nothing else.
         self.passed: tuple[torch.dtype | None, torch.Size | None] = (None, None)
+
+    def rows(self, h: torch.Tensor) -> int:
+        """Rows of a checked input."""
+        return h.numel() // self.width
 
 
 class Operators:
@@ -108,7 +115,7 @@ class Operators:
         """h [.., in] through one or several linear modules, each to [.., out_i]."""
         target = self._target(session, msg, self._linear_target)
         (h,) = _tensors(msg, 1)
-        return self._linear(h, target), None
+        return self.linear(target, h), None
 
     def lm_head(self, session: Session, msg: Any) -> Reply:
         """h [.., in] through the model's output embedding to [.., vocab]."""
@@ -116,7 +123,7 @@ class Operators:
         if head is None:
             raise RemoteError("the model has no LM head", Status.UNKNOWN_MODULE)
         (h,) = _tensors(msg, 1)
-        return self._linear(h, head), None
+        return self.linear(head, h), None
 
     def matmul(self, session: Session, msg: Any) -> Reply:
         """a, b to ``torch.matmul(a, b)``, batch dimensions broadcast."""
@@ -256,7 +263,25 @@ class Operators:
 
     # --- checks and conversions ----------------------------------------------------------------------------
 
-    def _linear(self, h: torch.Tensor, target: LinearTarget) -> list[torch.Tensor]:
+    def target_of(self, request: Request) -> LinearTarget | None:
+        """The modules a request's one tensor goes through; None for other methods, and for a request with a fault."""
+        session, msg = request.session, request.message
+        try:
+            if msg.tag == Method.LM_HEAD:
+                target = self._head
+            elif msg.tag == Method.BATCH_LINEAR:
+                target = self._target(session, msg, self._linear_target)
+            else:
+                return None
+            (h,) = _tensors(msg, 1)
+            if target is not None:
+                self._check_linear(h, target)
+            return target if h.numel() else None
+        except RemoteError:
+            return None  # its answer will say what is wrong
+
+    def linear(self, target: LinearTarget, h: torch.Tensor) -> list[torch.Tensor]:
+        """``h`` [.., in], checked here, through the target's modules: one [.., out_i] each, on the CPU."""
         wire, passed = h.dtype, target.passed
         if wire is not passed[0] or h.shape != passed[1]:
             self._check_linear(h, target)
