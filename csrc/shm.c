@@ -329,6 +329,10 @@ uint64_t tsqp_segment_length(const struct tsqp_segment *segment) {
     return segment->length;
 }
 
+void *tsqp_segment_address(const struct tsqp_segment *segment) {
+    return segment->base;
+}
+
 void tsqp_segment_close_end(struct tsqp_segment *segment) {
     /* SYNC: pairs with the acquire in tsqp_segment_peer_closed: what we published before is seen before. */
     tsqp_store_seq_cst(&tsqp_header(segment)->ends[segment->end].closed, 1);

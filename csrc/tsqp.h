@@ -83,6 +83,8 @@ int tsqp_segment_unlink(struct tsqp_segment *segment);   /* once; later calls do
 const char *tsqp_segment_name(const struct tsqp_segment *segment);
 void tsqp_segment_session(const struct tsqp_segment *segment, uint64_t out[2]);
 uint64_t tsqp_segment_length(const struct tsqp_segment *segment);
+/* Where the segment is mapped in this process. */
+void *tsqp_segment_address(const struct tsqp_segment *segment);
 void tsqp_segment_close_end(struct tsqp_segment *segment); /* sets this end's closed word */
 bool tsqp_segment_peer_closed(struct tsqp_segment *segment);
 void tsqp_segment_beat(struct tsqp_segment *segment);

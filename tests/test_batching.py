@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from tests.rpc_support import HIDDEN, PATIENCE_S, client_of, endpoint_in, server_of, serving, tiny_model, until
+from rpc_support import HIDDEN, PATIENCE_S, client_of, endpoint_in, server_of, serving, tiny_model, until
 
 from tsqp.batching import MAX_JOINED_ROWS, JoinLearner
 from tsqp.errors import RemoteError

@@ -38,6 +38,7 @@ cdef extern from "tsqp.h" nogil:
     const char *tsqp_segment_name(const tsqp_segment *segment)
     void tsqp_segment_session(const tsqp_segment *segment, uint64_t *out)
     uint64_t tsqp_segment_length(const tsqp_segment *segment)
+    void *tsqp_segment_address(const tsqp_segment *segment)
     void tsqp_segment_close_end(tsqp_segment *segment)
     bint tsqp_segment_peer_closed(tsqp_segment *segment)
     void tsqp_segment_beat(tsqp_segment *segment)

@@ -43,6 +43,12 @@ cdef class Reservation:
             raise
         return 0
 
+    def set_times(self, uint64_t compute_ns, uint64_t queue_ns):
+        """Inside the block: durations for the header that were not known when it began."""
+        (tag, flags, request_id, status, site, index, _, _) = self.fields
+        self.fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
+        self.codec.out.header.compute_ns, self.codec.out.header.queue_ns = compute_ns, queue_ns
+
     def __exit__(self, kind, value, traceback):
         cdef bint sent = False
         try:

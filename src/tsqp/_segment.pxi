@@ -102,6 +102,12 @@ cdef class Segment:
         self.usable()
         return c.tsqp_segment_length(self.ptr)
 
+    @property
+    def address(self):
+        """Where the segment is mapped in this process: for page-locking it, not for reading."""
+        self.usable()
+        return <uintptr_t>c.tsqp_segment_address(self.ptr)
+
     def unlink(self):
         """Removes the name; the memory lives on while an end maps it."""
         self.usable()

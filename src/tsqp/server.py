@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import config
+from .cuda import CudaWork
 from .errors import (
     ConfigError,
 )
@@ -95,7 +96,8 @@ class GPUServer:
         self._served = load_model(model_or_path, device, dtype, progress)
         self._operators = Operators(self._served, reply_limit_bytes)
         self.telemetry = Telemetry()
-        self._turns = Turns(self._operators, self.telemetry, batching)
+        cuda = CudaWork(self._served.device) if self._served.device.type == "cuda" else None
+        self._turns = Turns(self._operators, self.telemetry, batching, cuda)
         self._clients_seen = 0
         self._listener: Any = None
         self._thread: threading.Thread | None = None
@@ -170,6 +172,7 @@ class GPUServer:
             "errors": turns.errors,
             "joined_requests": turns.joined,
             "busy_seconds": turns.busy_ns / 1e9,
+            "page_locked_clients": sum(bool(session.page_lock and session.page_lock.pinned) for session in sessions),
             "kv_bytes": sum(session.kv_bytes for session in sessions),
             **self.telemetry.snapshot(),
             **turns.transfers(),
@@ -188,6 +191,9 @@ class GPUServer:
 
     def _open(self) -> None:
         self._stopping = False
+        if self._served.device.type == "cuda":
+            with torch.inference_mode():
+                self._operators.warm_up()
         if self._served.device.type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             log.warning("set OMP_WAIT_POLICY=passive: torch's idle threads starve a runner on the same cores")
         make_default_directory(config.parse_endpoint(self.endpoint))
@@ -211,7 +217,7 @@ class GPUServer:
     def _turn_all(self, ready: list[Any]) -> None:
         """Admits new clients, then answers one request of each client that has one."""
         while (channel := self._listener.accept_nowait()) is not None:
-            self._turns.sessions[channel] = Session(channel, self._served.geometry, self._kv_limit_bytes)
+            self._turns.admit(Session(channel, self._served.geometry, self._kv_limit_bytes))
             self._clients_seen += 1
             log.info("client connected: %s", channel.peer)
         if self._turns.serve(ready, self._is_stopping):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import model_info
 from .batching import Request
+from .cuda import Graphs
 from .errors import ConfigError, MetaError, RemoteError
 from .loading import ServedModel, ServedModule
 from .protocol import (
@@ -58,7 +60,7 @@ class LinearTarget:
 class Operators:
     """The method whitelist of a server: ``handlers`` maps a message's tag to what answers it.
 
-    A handler takes the client's session and the request message and returns the reply's tensors (on the CPU,
+    A handler takes the client's session and the request message and returns the reply's tensors (on the device,
     in the request's wire dtype) and meta. Computation is in the model's dtype.
     """
 
@@ -66,6 +68,7 @@ class Operators:
         self._served = served
         self._device = served.device
         self._on_cpu = served.device.type == "cpu"
+        self._graphs = Graphs() if served.device.type == "cuda" else None
         self._dtype = served.dtype
         self._reply_limit_bytes = reply_limit_bytes
         self._init_reply = model_info.pack(served.info)
@@ -85,6 +88,16 @@ class Operators:
             int(Method.STATS): self.stats,
             int(Method.DROP_CACHE): self.drop_cache,
         }
+
+    def warm_up(self) -> None:
+        """Computes with one module of every shape, so that no client waits for what a device prepares at first use."""
+        seen = set()
+        for module in self._served.modules.values():
+            info = module.info
+            shape = (info.kind, info.in_features, info.out_features)
+            if shape not in seen:
+                seen.add(shape)
+                module.call(_example(module, self._device)).cpu()
 
     # --- handlers ------------------------------------------------------------------------------------------
 
@@ -281,19 +294,19 @@ class Operators:
             return None  # its answer will say what is wrong
 
     def linear(self, target: LinearTarget, h: torch.Tensor) -> list[torch.Tensor]:
-        """``h`` [.., in], checked here, through the target's modules: one [.., out_i] each, on the CPU."""
+        """``h`` [.., in], checked here, through the target's modules: one [.., out_i] each, on the device."""
         wire, passed = h.dtype, target.passed
         if wire is not passed[0] or h.shape != passed[1]:
             self._check_linear(h, target)
             target.passed = (wire, h.shape)
-        on_cpu = self._on_cpu
-        x = h if on_cpu else h.to(self._device)
-        replies = []
-        for module in target.modules:
-            # A test for the dtype costs less than torch's conversion that turns out to be none.
-            out = module.call(x if wire is module.dtype else x.to(module.dtype))
-            replies.append(out if on_cpu and out.dtype is wire else self._out(out, wire))
-        return replies
+        if self._graphs is not None:
+            on_device = h.to(self._device, non_blocking=True)
+            key = (target.key, wire, h.shape)
+            replies: list[torch.Tensor] = self._graphs.run(
+                key, partial(_through, target.modules, wire), on_device, target.rows(h)
+            )
+            return replies
+        return _through(target.modules, wire, h)
 
     def _check_linear(self, h: torch.Tensor, target: LinearTarget) -> None:
         wire, shape, width = _wire_dtype(h), h.shape, target.width
@@ -341,23 +354,37 @@ class Operators:
             )
 
     def _in(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._on_cpu and tensor.dtype is self._dtype:
-            return tensor
-        return tensor.to(device=self._device, dtype=self._dtype)
+        if self._on_cpu:
+            return tensor if tensor.dtype is self._dtype else tensor.to(self._dtype)
+        # As it is, straight from its slot: the device converts faster.
+        return tensor.to(self._device, non_blocking=True).to(self._dtype)
 
     def _out(self, tensor: torch.Tensor, wire: torch.dtype) -> torch.Tensor:
-        if self._on_cpu:
-            return tensor if tensor.dtype is wire else tensor.to(wire)
-        return tensor.to(device="cpu", dtype=wire)
+        """Still on the device: who sends it copies it into its slot."""
+        return tensor if tensor.dtype is wire else tensor.to(wire)
+
+
+def _through(modules: tuple[ServedModule, ...], wire: torch.dtype, x: torch.Tensor) -> list[torch.Tensor]:
+    replies = []
+    for module in modules:
+        # A test for the dtype costs less than torch's conversion that turns out to be none.
+        out = module.call(x if wire is module.dtype else x.to(module.dtype))
+        replies.append(out if out.dtype is wire else out.to(wire))
+    return replies
 
 
 def _probe(served: ServedModel) -> tuple[ServedModule, torch.Tensor]:
     """The smallest linear module (or else embedding) and one zero input for it."""
     linear = [module for module in served.modules.values() if module.info.kind == "linear"]
-    if not linear:
-        return next(iter(served.modules.values())), torch.zeros(1, dtype=torch.int64, device=served.device)
-    module = min(linear, key=lambda candidate: candidate.info.in_features * candidate.info.out_features)
-    return module, torch.zeros(1, module.info.in_features, dtype=module.dtype, device=served.device)
+    candidates = linear or list(served.modules.values())
+    module = min(candidates, key=lambda candidate: candidate.info.in_features * candidate.info.out_features)
+    return module, _example(module, served.device)
+
+
+def _example(module: ServedModule, device: torch.device) -> torch.Tensor:
+    if module.info.kind == "embedding":
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    return torch.zeros(1, module.info.in_features, dtype=module.dtype, device=device)
 
 
 def _tensors(msg: Any, count: int) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .cuda import PageLock
 from .errors import RemoteError
 from .protocol import AttentionGeometry, Status
 
@@ -128,6 +129,7 @@ class Session:
         "geometry",
         "kv_bytes",
         "kv_limit_bytes",
+        "page_lock",
         "pipelines",
         "requests",
         "room",
@@ -150,6 +152,8 @@ class Session:
         self.room = False
         #: The client sends requests before it has the replies to earlier ones.
         self.pipelines = False
+        #: Keeps the channel's memory page-locked where the device is a GPU.
+        self.page_lock: PageLock | None = None
         self._layers: dict[int, LayerCache] = {}
 
     def remember(self, method: int, meta: bytes, target: Any) -> None:

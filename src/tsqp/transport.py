@@ -248,6 +248,11 @@ class Channel(Port):
         return self.flush_due
 
     @property
+    def mapping(self) -> tuple[int, int] | None:
+        """Address and bytes of the channel's shared memory in this process, for page-locking; None without any."""
+        return None if self._segment is None else (self._segment.address, self._segment.nbytes)
+
+    @property
     def closed(self) -> bool:
         return self._closed
 

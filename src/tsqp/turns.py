@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .batching import JoinLearner, Request, compute_joined, groups
+from .cuda import CudaWork
 from .errors import (
     ClosedError,
     MessageError,
@@ -41,7 +42,7 @@ _NAMES = {int(method): name for method, name in METHOD_NAMES.items()}
 class Turns:
     """Takes, computes and answers the requests of all sessions; one thread's."""
 
-    def __init__(self, operators: Operators, telemetry: Telemetry, batching: bool) -> None:
+    def __init__(self, operators: Operators, telemetry: Telemetry, batching: bool, cuda: CudaWork | None) -> None:
         self.sessions: dict[Any, Session] = {}
         self.errors = self.busy_ns = self.joined = 0
         self._operators = operators
@@ -49,6 +50,7 @@ class Turns:
         #: By tag: what answers a request, and the telemetry's rows of the method and of its operator.
         self._methods = {tag: (handler, *self._rows(tag)) for tag, handler in operators.handlers.items()}
         self._batching = batching
+        self._cuda = cuda
         self._learner = JoinLearner()
         self._past_transfers = sum_transfers(())
 
@@ -57,6 +59,12 @@ class Turns:
         operator = METHOD_OPERATORS.get(method)
         times = None if operator is None else self._telemetry.row(operator)
         return self._telemetry.counter(METHOD_NAMES[method]), times
+
+    def admit(self, session: Session) -> None:
+        """A new client."""
+        if self._cuda is not None:
+            session.page_lock = self._cuda.page_lock(session.channel)
+        self.sessions[session.channel] = session
 
     def transfers(self) -> dict[str, Any]:
         """Counters of all channels there are and were."""
@@ -199,18 +207,21 @@ class Turns:
     def _reply(self, request: Request, tensors: list[torch.Tensor], meta: Any, queue_ns: int) -> None:
         session, msg = request.session, request.message
         try:
-            session.channel.send(
-                tensors,
-                tag=msg.tag,
-                meta=meta,
-                request_id=msg.request_id,
-                site=msg.site,
-                index=msg.index,
-                timeout=_REPLY_TIMEOUT_S,
-                compute_ns=request.compute_ns,
-                queue_ns=queue_ns,
-                transfer=True,  # fresh results: a large one need not be waited for
-            )
+            if self._cuda is not None and self._cuda.holds(tensors):
+                self._send_from_device(request, tensors, meta, queue_ns)
+            else:
+                session.channel.send(
+                    tensors,
+                    tag=msg.tag,
+                    meta=meta,
+                    request_id=msg.request_id,
+                    site=msg.site,
+                    index=msg.index,
+                    timeout=_REPLY_TIMEOUT_S,
+                    compute_ns=request.compute_ns,
+                    queue_ns=queue_ns,
+                    transfer=True,  # fresh results: a large one need not be waited for
+                )
         except MessageTooLargeError as error:
             self._refuse(session, msg, f"the reply is too large for a message: {error}", Status.LIMIT)
             return
@@ -220,6 +231,23 @@ class Turns:
             times[0] += 1
             times[1] += request.compute_ns
             times[3] += queue_ns
+
+    def _send_from_device(self, request: Request, tensors: list[torch.Tensor], meta: Any, queue_ns: int) -> None:
+        assert self._cuda is not None
+        msg = request.message
+        request.compute_ns = self._cuda.send(
+            request.session.channel,
+            tensors,
+            # Launching returns at once: what it took so far is counted on until the results are in the slot.
+            time.perf_counter_ns() - request.compute_ns,
+            queue_ns,
+            tag=msg.tag,
+            meta=meta,
+            request_id=msg.request_id,
+            site=msg.site,
+            index=msg.index,
+            timeout=_REPLY_TIMEOUT_S,
+        )
 
     def _refuse(self, session: Session, msg: Any, text: str, status: int) -> None:
         session.errors += 1
@@ -243,6 +271,8 @@ class Turns:
         if self.sessions.pop(channel, None) is None:
             return
         session.drop_cache()
+        if session.page_lock is not None:
+            session.page_lock.release()
         self._past_transfers = sum_transfers([self._past_transfers, channel.stats])
         log.info("client gone: %s (%s)", channel.peer, reason)
         try:

@@ -1,0 +1,183 @@
+"""A server that computes on a CUDA device: page-locked rings, copies straight between slot and device, graphs.
+
+A request's tensors are copied from its slot to the device by the device's own engine, and results from the device
+into the slot the reply is sent from. That is asynchronous only where the memory is page-locked, so the ring is
+registered with the driver in place: best effort, since the limits of the machine may forbid it. A slot is published
+after the event that follows its copy, and a request's slot is given back after its reply, so neither is ever read or
+written while a copy runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+log = logging.getLogger("tsqp.server")
+
+_SUCCESS = 0
+#: Page-locked for every context of the process.
+_REGISTER_PORTABLE = 1
+#: A module is captured as a graph when it was called this often with one shape, of at most so many rows.
+_CALLS_BEFORE_CAPTURE, _MAX_GRAPH_ROWS = 4, 16
+#: Graphs kept; each holds its inputs and outputs on the device.
+_MAX_GRAPHS = 1024
+_WARM_UP_RUNS = 3
+
+
+class Driver:
+    """The three calls of the CUDA driver that torch has no face for.
+
+    The driver's calls return their error and keep none: an error of the runtime's ``cudaHostRegister`` would be
+    raised by whatever torch does next.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL("libcuda.so.1")
+        self._register = library.cuMemHostRegister_v2
+        self._register.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
+        self._unregister = library.cuMemHostUnregister
+        self._unregister.argtypes = (ctypes.c_void_p,)
+        self._name = library.cuGetErrorName
+        self._name.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
+
+    def register(self, address: int, nbytes: int) -> int:
+        """Page-locks memory for the device; returns 0 or the driver's error."""
+        return int(self._register(address, nbytes, _REGISTER_PORTABLE))
+
+    def unregister(self, address: int) -> int:
+        return int(self._unregister(address))
+
+    def error_name(self, error: int) -> str:
+        text = ctypes.c_char_p()
+        known = self._name(error, ctypes.byref(text)) == _SUCCESS and text.value is not None
+        return text.value.decode() if known and text.value is not None else f"error {error}"
+
+
+class PageLock:
+    """One client's shared memory, page-locked for the device as long as this is not released.
+
+    ``pinned`` says whether that worked, ``reason`` why not. To be released before the memory is unmapped.
+    """
+
+    def __init__(self, mapping: tuple[int, int] | None, driver: Any, synchronize: Callable[[], None]) -> None:
+        self._driver, self._synchronize = driver, synchronize
+        self._address = 0
+        self.reason = ""
+        if mapping is None:
+            self.reason = "no shared memory"
+            return
+        error = driver.register(*mapping)
+        if error == _SUCCESS:
+            self._address = mapping[0]
+        else:
+            self.reason = f"cuMemHostRegister of {mapping[1]} bytes: {driver.error_name(error)}"
+
+    @property
+    def pinned(self) -> bool:
+        return self._address != 0
+
+    def release(self) -> None:
+        """Gives the pages back after the copies that still use them; a second call does nothing."""
+        address, self._address = self._address, 0
+        if address:
+            try:
+                self._synchronize()
+            except RuntimeError as fault:  # of an earlier kernel: whoever called that is told
+                log.warning("the device has failed: %s", str(fault).partition("\n")[0])
+            error = self._driver.unregister(address)
+            if error != _SUCCESS:
+                log.warning("cuMemHostUnregister: %s", self._driver.error_name(error))
+
+
+class CudaWork:
+    """How replies leave a CUDA device, and how clients' memory is prepared for it."""
+
+    def __init__(self, device: torch.device, driver: Any = None, runtime: Any = torch.cuda) -> None:
+        self._device = device
+        self._driver = Driver() if driver is None else driver
+        self._synchronize = partial(runtime.synchronize, device)
+        self._done = runtime.Event()
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """True for results that are on the device."""
+        return bool(tensors) and all(tensor.device.type == self._device.type for tensor in tensors)
+
+    def page_lock(self, channel: Any) -> PageLock:
+        """Page-locks the channel's shared memory, best effort."""
+        lock = PageLock(channel.mapping, self._driver, self._synchronize)
+        if lock.pinned:
+            log.info("ring of %s is page-locked", channel.peer)
+        else:
+            log.warning("ring of %s is not page-locked (%s): copies take longer", channel.peer, lock.reason)
+        return lock
+
+    def send(self, channel: Any, tensors: Sequence[torch.Tensor], begin_ns: int, queue_ns: int, **fields: Any) -> int:
+        """Copies results from the device into the reply's slot and sends it once they are there.
+
+        ``fields`` are those of ``Channel.reserve``. Returns the nanoseconds since ``begin_ns`` that computing and
+        copying took.
+        """
+        reservation = channel.reserve([(t.shape, t.dtype) for t in tensors], **fields)
+        with reservation as slot:
+            for out, result in zip(slot, tensors, strict=True):
+                out.copy_(result, non_blocking=True)
+            self._done.record()
+            self._done.synchronize()
+            compute_ns = time.perf_counter_ns() - begin_ns
+            reservation.set_times(compute_ns, queue_ns)
+        return compute_ns
+
+
+class Graphs:
+    """CUDA graphs of functions of one tensor, for inputs so small that launching costs more than computing.
+
+    A graph's outputs are overwritten by its next run: they are to be copied away before.
+    """
+
+    def __init__(self, capture: Callable[[Callable[[Any], Any], Any], Callable[[Any], Any]] | None = None) -> None:
+        self._capture = _capture if capture is None else capture
+        self._calls: dict[Any, int] = {}
+        self._graphs: dict[Any, Callable[[Any], Any]] = {}
+
+    def run(self, key: Any, function: Callable[[torch.Tensor], Any], x: torch.Tensor, rows: int) -> Any:
+        """``function(x)``, by a graph once ``key`` (which has to tell function, shape and dtype apart) came often."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            return graph(x)
+        if rows > _MAX_GRAPH_ROWS or len(self._graphs) >= _MAX_GRAPHS:
+            return function(x)
+        if len(self._calls) >= _MAX_GRAPHS * 4:
+            self._calls.clear()  # clients choose shapes: what they can make this remember is bounded
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if self._calls[key] < _CALLS_BEFORE_CAPTURE:
+            return function(x)
+        del self._calls[key]
+        self._graphs[key] = graph = self._capture(function, x)
+        return graph(x)
+
+
+def _capture(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """``function`` recorded for inputs like ``x`` (torch.cuda.graphs: warmed up on a side stream, then captured)."""
+    static_in = x.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP_RUNS):
+            function(static_in)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static_out = function(static_in)
+
+    def replay(given: torch.Tensor) -> Any:
+        static_in.copy_(given, non_blocking=True)
+        graph.replay()
+        return static_out
+
+    return replay
