@@ -9,7 +9,7 @@ import pytest
 import torch
 from rpc_support import HIDDEN, PATIENCE_S, client_of, endpoint_in, server_of, serving, tiny_model, until
 
-from tsqp.batching import MAX_JOINED_ROWS, JoinLearner
+from tsqp.batching import MAX_JOINED_ROWS, JoinLearner, Linger
 from tsqp.errors import RemoteError
 from tsqp.protocol import Method, Status
 
@@ -203,3 +203,36 @@ def test_batching_can_be_turned_off(model, tmp_path):
         calls = together(server, stack, [h, h], ask_projections)
         assert torch.equal(calls[0].result()[0], calls[1].result()[0])
         assert server.stats["joined_requests"] == 0
+
+
+def test_waiting_for_others_is_given_up_where_nobody_comes_and_tried_now_and_then():
+    linger = Linger()
+    assert 0 < linger.budget_ns(1e6) <= 1e5
+    assert linger.budget_ns(1e12) <= 300_000
+    assert linger.budget_ns(0.0) == 0
+    for _ in range(20):
+        linger.tell(False)
+    tries = [bool(linger.budget_ns(1e6)) for _ in range(256)]
+    assert tries.count(True) == 4
+    for _ in range(10):
+        linger.tell(True)
+    assert linger.budget_ns(1e6)
+
+
+def test_a_request_of_a_client_just_answered_is_waited_for(model, tmp_path, monkeypatch):
+    """For as long as it takes here: what is tested is that the late one is computed with the first."""
+    h = torch.randn(2, HIDDEN)
+    monkeypatch.setattr("tsqp.turns._JUST_BEFORE_NS", int(PATIENCE_S * 1e9))
+    with (
+        serving(model, tmp_path) as server,
+        client_of(server) as first,
+        client_of(server) as second,
+    ):
+        server._turns._linger.budget_ns = lambda cost_ns: int(PATIENCE_S * 1e9)
+        for client in (first, second):
+            client.init()
+        early = ask_projections(first, h)
+        until(lambda: not any(session.channel.poll() for session in server._turns.sessions.values()))
+        late = ask_projections(second, h)
+        torch.testing.assert_close(early.result()[0], late.result()[0])
+        assert server.stats["joined_requests"] == 2

@@ -21,6 +21,8 @@ MAX_JOINED_ROWS = 256
 _TRY_AGAIN = 64
 #: Weight of the newest measurement.
 _NEWEST = 0.25
+#: A wait for others' requests: part of the computation's time, and a limit; given up where fewer than these come.
+_WAITED_SHARE, _LONGEST_WAIT_NS, _WORTH_WAITING = 0.08, 300_000, 0.25
 #: Distinct targets remembered; clients choose what they name.
 _REMEMBERED = 4096
 
@@ -70,6 +72,33 @@ class JoinLearner:
         self._decisions += 1
         better = joined < sum(known)
         return better if self._decisions % _TRY_AGAIN else not better
+
+    def alone_ns(self, target: Any, rows: int) -> float:
+        """What one request of ``rows`` rows has cost, 0.0 where that is not known."""
+        return self._costs.get(target, {}).get(_bucket(rows), 0.0)
+
+
+class Linger:
+    """How long to wait with a request for those of other clients, and whether that has paid.
+
+    Clients that are answered together ask again together, a moment apart: who answers the first of them at once has
+    separated them. A small part of what the computation takes is worth waiting, as long as somebody comes.
+    """
+
+    def __init__(self) -> None:
+        self._comes = 1.0  # share of the waits at whose end somebody had come, the latest ones count most
+        self._asked = 0
+
+    def budget_ns(self, cost_ns: float) -> int:
+        """Nanoseconds to wait at most before a computation that takes ``cost_ns``."""
+        self._asked += 1
+        if self._comes < _WORTH_WAITING and self._asked % _TRY_AGAIN:
+            return 0
+        return int(min(cost_ns * _WAITED_SHARE, _LONGEST_WAIT_NS))
+
+    def tell(self, came: bool) -> None:
+        """Whether somebody came within the budget."""
+        self._comes += _NEWEST * (came - self._comes)
 
 
 def _bucket(rows: int) -> int:

@@ -134,6 +134,7 @@ class Session:
         "requests",
         "room",
         "seen_ns",
+        "served_ns",
         "targets",
     )
 
@@ -148,6 +149,8 @@ class Session:
         self.targets: dict[tuple[int, bytes], Any] = {}
         #: Since when the next request is known to wait, in ns of perf_counter; 0 where none is known of.
         self.seen_ns = 0
+        #: When its last reply was sent, in ns of perf_counter.
+        self.served_ns = 0
         #: The channel had room for a reply, and none was sent since.
         self.room = False
         #: The client sends requests before it has the replies to earlier ones.

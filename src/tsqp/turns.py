@@ -7,6 +7,7 @@ reply, bytes that are no message, or a dead peer, end that connection and free w
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .batching import JoinLearner, Request, compute_joined, groups
+from .batching import JoinLearner, Linger, Request, compute_joined, groups
 from .cuda import CudaWork
 from .errors import (
     ClosedError,
@@ -35,6 +36,8 @@ log = logging.getLogger("tsqp.server")
 
 #: How long a reply may wait for a client that does not take it, before that client is given up.
 _REPLY_TIMEOUT_S = 5.0
+#: A client that was answered within this time is one that may ask again in a moment.
+_JUST_BEFORE_NS = 100_000_000
 _CLIENT_FAULTS = (PeerDiedError, ClosedError, MessageError, RingCorruptedError, WaitTimeoutError)
 _NAMES = {int(method): name for method, name in METHOD_NAMES.items()}
 
@@ -52,6 +55,7 @@ class Turns:
         self._batching = batching
         self._cuda = cuda
         self._learner = JoinLearner()
+        self._linger = Linger()
         self._past_transfers = sum_transfers(())
 
     def _rows(self, tag: int) -> tuple[list[int], list[int] | None]:
@@ -85,7 +89,8 @@ class Turns:
             if isinstance(taken, Request):
                 requests.append(taken)
             progress |= taken is not False
-        if len(requests) > 1 and self._batching:
+        if self._batching and requests and len(self.sessions) > 1:
+            self._wait_for_others(requests, now)
             self._serve_together(requests)
         else:
             for request in requests:
@@ -137,7 +142,7 @@ class Turns:
         finally:
             request.lease.release()
         # The client has its reply: from here on the time is not its.
-        end = time.perf_counter_ns()
+        end = session.served_ns = time.perf_counter_ns()
         self.busy_ns += end - begin
         session.room = session.channel.can_send()
         session.pipelines = session.room and session.channel.poll()
@@ -166,6 +171,30 @@ class Turns:
         self._reply(request, tensors, meta, begin - request.seen_ns)
 
     # --- together ------------------------------------------------------------------------------------------
+
+    def _wait_for_others(self, requests: list[Request], now: int) -> None:
+        """Adds the requests that come in a moment from clients that were answered just before."""
+        first = requests[0]
+        active = [session for session in self.sessions.values() if session.served_ns > now - _JUST_BEFORE_NS]
+        taken = {request.session for request in requests}
+        missing = [session for session in active if session not in taken]
+        target = self._operators.target_of(first) if missing else None
+        if target is None:
+            return
+        cost_ns = self._learner.alone_ns(target.key, target.rows(first.message.tensors[0]))
+        begin = time.perf_counter_ns()
+        end = begin + self._linger.budget_ns(cost_ns)
+        if end == begin:
+            return
+        count = len(requests)
+        while missing and time.perf_counter_ns() < end:
+            for session in [session for session in missing if session.channel.poll()]:
+                missing.remove(session)
+                request = self._safely(session, self._take, session, time.perf_counter_ns())
+                if isinstance(request, Request):
+                    requests.append(request)
+            os.sched_yield()  # whom this waits for may need the core
+        self._linger.tell(len(requests) > count)
 
     def _serve_together(self, requests: list[Request]) -> None:
         """Answers requests of several clients, those that name the same linear modules as one where that pays."""
