@@ -108,6 +108,9 @@ cdef class ShmRingBuffer:
         if create is None:
             create = name is None
         if create:
+            from .segments import check_directory  # which is made of what is defined here
+
+            check_directory()
             self.segment = Segment.create(max_chunk_bytes, max_chunks, 1, name)
         else:
             if name is None:
