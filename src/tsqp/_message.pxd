@@ -61,7 +61,6 @@ cdef class Encoder(Scratch):
 
 cdef class Decoder(Scratch):
     cdef tsqp_message inn
-    cdef uint64_t _decoded_bytes(self)
     cdef object _decoded(self, Ring ring, tsqp_slot *slot, tsqp_tensor_desc *desc, uint64_t deadline_ns)
     cdef int _parse(self, const uint8_t *first, uint64_t looked, uint64_t available, const uint8_t *rest) except -1
     cdef bytes _meta(self, const uint8_t *first, uint64_t looked, const uint8_t *rest)

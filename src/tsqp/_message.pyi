@@ -5,6 +5,7 @@ import torch
 from typing_extensions import disjoint_base
 
 from ._ring import Ring
+from .errors import MessageTooLargeError
 
 FLAG_VIA_ZMQ: int
 FLAG_TILED: int
@@ -70,6 +71,8 @@ class TensorBytes:
 
 @disjoint_base
 class Assembly:
+    @property
+    def refusal(self) -> MessageTooLargeError | None: ...
     def finish(self) -> Message: ...
     @property
     def complete(self) -> bool: ...

@@ -7,8 +7,28 @@ cdef class Assembly:
     cdef void *data[64]
     cdef uint64_t at
     cdef Message message
+    #: Why this message is not taken: its tiles are dropped as they come. None: it is.
+    cdef readonly object refusal
 
-    cdef allocate(self):
+    cdef allocate(self, uint64_t max_bytes):
+        """Makes room for the tensors, or says in `refusal` why not: how long they are is only a claim so far."""
+        cdef uint64_t nbytes = self.plan.header.total_bytes
+        cdef uint64_t decoded = _decoded_bytes(&self.plan)
+        if nbytes > max_bytes or decoded > max_bytes:
+            self.refuse(f"{nbytes} bytes on the wire, {decoded} in memory, is over the limit of {max_bytes} bytes; "
+                        "send it in parts, or raise max_message_bytes at this end")
+            return
+        try:
+            self._make_tensors()
+        except MemoryError:
+            self.refuse(f"{nbytes} bytes was announced and there is no memory for it; lower max_message_bytes to what "
+                        "this process may use, or free memory")
+
+    cdef refuse(self, why):
+        self.message.tensors.clear()
+        self.refusal = e.MessageTooLargeError(f"a message of {why}")
+
+    cdef _make_tensors(self):
         cdef TensorBytes raw
         cdef uint32_t i
         for i in range(self.plan.header.tensor_count):
@@ -27,7 +47,12 @@ cdef class Assembly:
         for i in range(self.plan.header.tensor_count):
             desc = &self.plan.tensors[i]
             if desc.encoding != c.TSQP_PLAIN:
-                tensor = _new_tensor(desc, &data)
+                try:
+                    tensor = _new_tensor(desc, &data)
+                except MemoryError:
+                    raise e.MessageTooLargeError(f"there is no memory to decode a tensor of "
+                                                 f"{c.tsqp_tensor_nbytes(desc)} bytes; lower max_message_bytes to what "
+                                                 "this process may use, or free memory") from None
                 with nogil:
                     _decode(desc, data, self.data[i])
                 self.message.tensors[i] = tensor
@@ -48,8 +73,9 @@ cdef class Assembly:
                 return False
             if slot.nbytes % 64 or slot.nbytes > self.plan.header.total_bytes - self.at:
                 check(c.TSQP_BAD_TOTAL)
-            with nogil:
-                self._take(slot.data, slot.nbytes)
+            if self.refusal is None:
+                with nogil:
+                    self._take(slot.data, slot.nbytes)
             self.at += slot.nbytes
             return True
         finally:
@@ -68,6 +94,15 @@ cdef class Assembly:
             if first < last:
                 c.tsqp_copy_from_shared(<uint8_t *>self.data[i] + (first - desc.offset), shared + (first - self.at),
                                         last - first)
+
+
+cdef uint64_t _decoded_bytes(c.tsqp_message *message) noexcept:
+    """What its tensors take in memory."""
+    cdef uint64_t total = 0
+    cdef uint32_t i
+    for i in range(message.header.tensor_count):
+        total += c.tsqp_tensor_nbytes(&message.tensors[i])
+    return total
 
 
 def give_up(Ring ring, uint64_t deadline_ns):

@@ -181,22 +181,11 @@ cdef class Decoder(Scratch):
         return tensor
 
     def assemble(self, Message message, uint64_t max_bytes):
-        """An :class:`Assembly` for a tiled message whose head was just read."""
+        """An :class:`Assembly` for a tiled message whose head was just read; it says itself whether it takes it."""
         cdef Assembly assembly = Assembly.__new__(Assembly)
-        if message.nbytes > max_bytes or self._decoded_bytes() > max_bytes:
-            raise e.MessageTooLargeError(f"a message of {message.nbytes} bytes on the wire, {self._decoded_bytes()} in "
-                                         f"memory, is over the limit of {max_bytes} bytes")
         memcpy(&assembly.plan, &self.inn, sizeof(c.tsqp_message))
         message.flags &= USER_FLAGS
         assembly.message = message
         assembly.at = c.tsqp_message_head_bytes(&self.inn.header)
-        assembly.allocate()
+        assembly.allocate(max_bytes)
         return assembly
-
-    cdef uint64_t _decoded_bytes(self):
-        """What the tensors of `inn` take in memory."""
-        cdef uint64_t total = 0
-        cdef uint32_t i
-        for i in range(self.inn.header.tensor_count):
-            total += c.tsqp_tensor_nbytes(&self.inn.tensors[i])
-        return total

@@ -24,7 +24,7 @@ from .binding import bind
 from .config import Endpoint
 from .descriptors import Reserve
 from .errors import ProtocolError, SegmentError
-from .links import MAX_FRAME_BYTES, ServerLink
+from .links import ServerLink, frame_limit
 from .transport import Channel, make_channel
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -55,6 +55,7 @@ class HubOptions:
     wait: str
     spin_us: float
     max_inbox_bytes: int
+    max_message_bytes: int
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Hub:
     def _open(self, endpoint: Endpoint) -> None:
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._router.setsockopt(zmq.MAXMSGSIZE, frame_limit(self._options.max_message_bytes))
         self._monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self.endpoint = bind(self._router, endpoint)
         self._socket_path = endpoint.path
@@ -286,6 +287,7 @@ class Hub:
             wait=self._options.wait,
             spin_us=self._options.spin_us,
             futex=client.futex,
+            max_message_bytes=self._options.max_message_bytes,
         )
         link.on_event = self._bell.ring
         channel.on_close = self._closed_channel

@@ -26,6 +26,8 @@ from .frames import SLICE_S, multipart, slice_until, trackers, wait_sent
 
 #: One frame of a peer may not be larger; libzmq drops a connection that tries.
 MAX_FRAME_BYTES = 4 << 30
+#: Handshakes pass, whatever the limit on messages is.
+MIN_FRAME_LIMIT = 4 << 20
 _FAREWELL_MS = 500
 #: What a message costs beside its bytes; without it a peer could fill the memory with empty ones.
 _MESSAGE_BYTES = 1 << 10
@@ -53,6 +55,11 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
+def frame_limit(max_message_bytes: int) -> int:
+    """The largest frame libzmq lets in: it allocates what a frame claims."""
+    return max(MIN_FRAME_LIMIT, min(MAX_FRAME_BYTES, max_message_bytes))
+
+
 def check_process(pid: int) -> None:
     """Sockets belong to the process that made them: in a forked child even looking at one may hang."""
     if os.getpid() != pid:
@@ -75,7 +82,7 @@ class ClientLink:
     the socket meanwhile may swallow the descriptor's edge, takes what came, and wakes the waiter by a pipe.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
         check_permission(endpoint)
         descriptors.require(descriptors.CONNECTING, f"connect to {endpoint}")
         self._lock = threading.RLock()
@@ -83,7 +90,7 @@ class ClientLink:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, frame_limit(max_message_bytes))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._connected = False
         self._reason: str | None = None

@@ -14,7 +14,7 @@ from .binding import check_endpoint
 from .config import parse_endpoint
 from .errors import ClosedError, ConfigError, RingUsageError, WaitTimeoutError
 from .hub import Hub, HubOptions
-from .transport import Channel, check_carriers, close_at_exit
+from .transport import MAX_MESSAGE_BYTES, Channel, check_carriers, check_limit, close_at_exit
 
 
 class Listener:
@@ -34,12 +34,14 @@ class Listener:
         wait: str = "auto",
         spin_us: float = 400.0,
         max_inbox_bytes: int = 4 << 30,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         parsed = parse_endpoint(endpoint)
         for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
             if not isinstance(value, int) or not 0 < value < 1 << 63:
                 raise ConfigError(f"{label}={value!r} is not a positive whole number; give the slots' size and number")
         check_carriers(threshold, large)
+        check_limit(max_message_bytes)
         options = HubOptions(
             max_chunk_bytes=max_chunk_bytes,
             max_chunks=max_chunks,
@@ -51,6 +53,7 @@ class Listener:
             wait=wait,
             spin_us=spin_us,
             max_inbox_bytes=max_inbox_bytes,
+            max_message_bytes=max_message_bytes,
         )
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._bell = Doorbell(spin_us, hs.futex_works(), wait)
@@ -160,6 +163,7 @@ def listen(
     wait: str = "auto",
     spin_us: float = 400.0,
     max_inbox_bytes: int = 4 << 30,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> Listener:
     """Listens for tensor channels on ``ipc:///path`` or ``tcp://address:port`` (port 0: any free one).
 
@@ -177,6 +181,8 @@ def listen(
             is faster here.
         wait: ``auto``, ``spin``, ``block`` or ``poll``; spin_us: the longest spin before blocking.
         max_inbox_bytes: a client with more unread bytes of large messages than this is cut off.
+        max_message_bytes: a client's message that claims more, on the wire or decoded, is dropped and
+            MessageTooLargeError raised before anything is allocated for it.
 
     Raises:
         EndpointError, EndpointBusyError, SharedMemoryFullError, SegmentError, ConfigError,
@@ -196,6 +202,7 @@ def listen(
         wait=wait,
         spin_us=spin_us,
         max_inbox_bytes=max_inbox_bytes,
+        max_message_bytes=max_message_bytes,
     )
 
 

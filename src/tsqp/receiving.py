@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Lease, Message, deadline_ns
 from ._ring import Ring
-from .errors import MessageError, PeerDiedError, ProtocolError, WaitTimeoutError
+from .errors import MessageError, MessageTooLargeError, PeerDiedError, ProtocolError, WaitTimeoutError
 from .links import Link
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class Receiver:
             raise WaitTimeoutError(f"no message from {self._peer} before the deadline; it is connected: wait longer")
         if not leased.message.flags & _OUT_OF_SLOT:
             return self._count_lease(leased)
+        leased.release()  # first: begin may raise, and the error's frames would keep the slot
         self.begin(leased.message)
-        leased.release()
         return HeldMessage(self.receive(deadline))
 
     def take(self, lease: bool) -> Lease | HeldMessage | None:
@@ -106,8 +106,8 @@ class Receiver:
             return None
         if not leased.message.flags & _OUT_OF_SLOT:
             return self._count_lease(leased)
+        leased.release()  # first: begin may raise, and the error's frames would keep the slot
         self.begin(leased.message)
-        leased.release()
         return self._held(self._next(NOW_NS))
 
     def read_ahead(self) -> bool:
@@ -176,12 +176,14 @@ class Receiver:
             raise PeerDiedError(f"{self._peer} died: {reason}")
 
     def begin(self, note: Message) -> None:
-        """`note` said where the message really is."""
+        """`note` said where the message really is. Raises MessageTooLargeError where it is not taken."""
         if note.flags & FLAG_VIA_ZMQ:
             self._awaited = note.index
         else:
             self._assembly = self._codec.assemble(note, self._max_message_bytes)
         self._note_state()
+        if self._assembly is not None and self._assembly.refusal is not None:
+            raise self._assembly.refusal  # what follows of it is read and dropped
 
     def _feed(self, assembly: Assembly, deadline: int) -> bool:
         assert self._ring is not None
@@ -194,6 +196,10 @@ class Receiver:
             self._assembly = None  # this slot held no tile of it
             self._note_state()
             raise
+        if assembly.complete and assembly.refusal is not None:
+            self._assembly = None
+            self._note_state()
+            return False
         return assembly.complete
 
     def _finish(self, assembly: Assembly) -> Message:
@@ -212,6 +218,12 @@ class Receiver:
         self._note_state()
         if awaited is not None and sequence != awaited:
             raise ProtocolError(f"{self._peer} announced large message {awaited}, sent {sequence}; close the channel")
+        nbytes = len(head) + sum(len(frame) for frame in frames)
+        if nbytes > self._max_message_bytes:
+            raise MessageTooLargeError(
+                f"a message of {nbytes} bytes is over the limit of {self._max_message_bytes} bytes; send it in parts, "
+                "or raise max_message_bytes at this end"
+            )
         message = self._codec.decode_frames(head, frames)
         self.zmq_count += 1
         self.zmq_bytes += message.nbytes

@@ -30,7 +30,7 @@ from .errors import (
     ProtocolError,
     WaitTimeoutError,
 )
-from .links import ClientLink, Link
+from .links import MAX_FRAME_BYTES, ClientLink, Link
 from .receiving import NOW_NS, HeldMessage, Receiver
 from .sending import Fields, Sender, seconds_until
 
@@ -38,8 +38,8 @@ from .sending import Fields, Sender, seconds_until
 MAX_SEGMENT_BYTES = 64 << 30
 #: What a sender that waits for a slot reads ahead at most, so that two full rings can't block each other.
 MAX_READ_AHEAD_BYTES = 1 << 30
-#: No declared length of a peer makes this end allocate more for one message.
-MAX_MESSAGE_BYTES = 8 << 30
+#: No declared length of a peer makes this end allocate more for one message, unless it was told so.
+MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
 _FOREVER_S = 1e9
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -79,6 +79,7 @@ class Channel(Port):
         spin_us: float,
         futex: bool,
         wait: str,
+        max_message_bytes: int,
     ) -> None:
         super().__init__(tx, rx, chooser.threshold)
         self.peer = peer
@@ -91,7 +92,7 @@ class Channel(Port):
         # garbage collector comes. The channel lives while it sends.
         me = weakref.proxy(self)
         self._sender = Sender(me, link, chooser)
-        self._receiver = Receiver(me, link, MAX_MESSAGE_BYTES)
+        self._receiver = Receiver(me, link, max_message_bytes)
         for ring in (tx, rx):
             if ring is not None:
                 ring.liveness = link.dead
@@ -311,6 +312,13 @@ def check_carriers(threshold: int | str | None, large: str) -> None:
         )
 
 
+def check_limit(max_message_bytes: int) -> None:
+    """Raises :class:`ConfigError` where it is no positive number of bytes."""
+    whole = isinstance(max_message_bytes, int) and not isinstance(max_message_bytes, bool)
+    if not whole or not 0 < max_message_bytes < 1 << 63:
+        raise ConfigError(f"max_message_bytes={max_message_bytes!r} is not a positive whole number of bytes; give one")
+
+
 def make_channel(
     link: Link,
     segment: Segment | None,
@@ -323,6 +331,7 @@ def make_channel(
     wait: str,
     spin_us: float,
     futex: bool,
+    max_message_bytes: int,
 ) -> Channel:
     """A channel over `link` and the two rings of `segment`: ring 0 carries requests, ring 1 replies."""
     tx = rx = None
@@ -341,6 +350,7 @@ def make_channel(
         spin_us=spin_us,
         futex=futex,
         wait=wait,
+        max_message_bytes=max_message_bytes,
     )
 
 
@@ -353,6 +363,7 @@ def connect(
     large: str = "zmq",
     wait: str = "auto",
     spin_us: float = 400.0,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> Channel:
     """Connects to a :func:`tsqp.listen` endpoint.
 
@@ -366,19 +377,31 @@ def connect(
             tiles that follow each other through the ring), or ``auto``, whichever is faster here.
         wait: ``auto``, ``spin``, ``block`` or ``poll`` (no futex; chosen by itself inside Gramine).
         spin_us: the longest spin before blocking, in microseconds.
+        max_message_bytes: a message of the server that claims more, on the wire or decoded, is dropped and
+            MessageTooLargeError raised before anything is allocated for it.
 
     Raises:
-        EndpointError, ConnectError (nobody answers, or the server refuses), ProtocolError, SegmentError.
+        ConfigError: an argument has a value that can't work.
+        EndpointError: the endpoint is malformed, or can't work here; its socket may not be opened by this user.
+        ConnectError: nobody answered in time, or the server refused: its reason is in the text.
+        PeerDiedError: the server died during the handshake.
+        ProtocolError: what answered speaks something else, or another version of tsqp.
+        SegmentError: the server's segment can't be mapped; its subclasses say why (SegmentPermissionError,
+            SegmentVersionError, SegmentGeometryError, SegmentTruncatedError, ...).
+        RingUsageError: somebody else is attached to the segment that the server offers.
+        DescriptorsExhaustedError: this process has too few file descriptors left.
     """
     parsed = parse_endpoint(endpoint)
     check_carriers(threshold, large)
+    check_limit(max_message_bytes)
     if parsed.scheme == "ipc" and hs.in_gramine():
         raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
     if hs.in_gramine() and wait == "block":
         raise EndpointError("wait='block' needs a futex, which never crosses the enclave's border; use auto or poll")
-    link = ClientLink(endpoint)
+    link = ClientLink(endpoint, max_message_bytes)
     try:
         options = {"scheme": parsed.scheme, "large": large, "wait": wait, "spin_us": spin_us}
+        options["max_message_bytes"] = max_message_bytes
         options["threshold"] = "slot" if threshold is None else threshold
         return _shake_hands(link, endpoint, parsed.is_loopback and shm, timeout, options)
     except BaseException:
