@@ -41,12 +41,17 @@ def stub_model(dtype: torch.dtype) -> nn.Module:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def compute_nothing(server: tsqp.GPUServer, dtype: torch.dtype) -> None:
-    """In the place where the server calls ``F.linear`` for q, k and v, results of one token that are there already."""
+def compute_nothing(server: tsqp.GPUServer, dtype: torch.dtype, begun: Callable[[], None] | None = None) -> None:
+    """In the place where the server calls ``F.linear`` for q, k and v, results of one token that are there already.
+
+    ``begun`` is called where the first of them would be computed.
+    """
     for name, module in server._served.modules.items():
         if name.rpartition(".")[2] in NAMES:
             result = torch.randn(1, 1, module.info.out_features, dtype=dtype)
             module.call = lambda x, result=result: result
+            if begun is not None and name.endswith(NAMES[0]):
+                module.call = lambda x, result=result, begun=begun: begun() or result
 
 
 class RpcPeer(Peer):
@@ -69,10 +74,10 @@ class RpcPeer(Peer):
         self._theirs.close()
 
     @staticmethod
-    def serve(address: Any, ready: Callable[[], None]) -> None:
+    def serve(address: Any, ready: Callable[[], None], begun: Callable[[], None] | None = None) -> None:
         endpoint, dtype, orders = address
         server = tsqp.GPUServer(stub_model(dtype), endpoint, device="cpu")
-        compute_nothing(server, dtype)
+        compute_nothing(server, dtype, begun)
         with server.start():
             ready()
             machine.pin_beside_me("tsqp-server")  # not the I/O thread: it stays free, as with the other peers
