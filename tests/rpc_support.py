@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsqp
@@ -71,6 +72,47 @@ def ask(channel: Any, tag: int, tensors: Any = (), meta: Any = None, request_id:
     """Sends a raw request and returns the raw reply."""
     channel.send(tensors, tag=tag, meta=meta, request_id=request_id, timeout=PATIENCE_S)
     return channel.recv(timeout=PATIENCE_S)
+
+
+class Gated(nn.Linear):
+    """An LM head that waits for its gate, and notes how many rows each input has."""
+
+    def __init__(self) -> None:
+        super().__init__(HIDDEN, VOCAB, bias=False)
+        self.gate, self.entered = threading.Event(), threading.Event()
+        self.rows: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.entered.set()
+        assert self.gate.wait(PATIENCE_S)
+        self.rows.append(x.shape[0])
+        return super().forward(x)
+
+
+def gated_model() -> LlamaForCausalLM:
+    """:func:`tiny_model` with a :class:`Gated` LM head."""
+    model = tiny_model()
+    model.lm_head = Gated()
+    return model
+
+
+def run_all(*targets: Callable[[], object]) -> None:
+    """Runs each in a thread of its own; raises what the first of them raised."""
+    faults: list[BaseException] = []
+
+    def guarded(target: Callable[[], object]) -> None:
+        try:
+            target()
+        except BaseException as error:  # noqa: BLE001 - raised by the test's own thread
+            faults.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise faults[0]
 
 
 class LyingServer:

@@ -21,6 +21,8 @@ from rpc_support import (
     VOCAB,
     client_of,
     endpoint_in,
+    gated_model,
+    run_all,
     serving,
     tiny_model,
     until,
@@ -35,27 +37,6 @@ from tsqp.pending import PendingCall
 from tsqp.protocol import Status
 
 Q_PROJ = ["q_proj"]
-
-
-class Gated(nn.Linear):
-    """An LM head that waits for its gate, and notes how many rows each input has."""
-
-    def __init__(self):
-        super().__init__(HIDDEN, VOCAB, bias=False)
-        self.gate, self.entered = threading.Event(), threading.Event()
-        self.rows: list[int] = []
-
-    def forward(self, x):
-        self.entered.set()
-        assert self.gate.wait(PATIENCE_S)
-        self.rows.append(x.shape[0])
-        return super().forward(x)
-
-
-def gated_model():
-    model = tiny_model()
-    model.lm_head = Gated()
-    return model
 
 
 @pytest.fixture
@@ -73,25 +54,6 @@ def server(model, tmp_path):
 def client(server):
     with client_of(server) as connected:
         yield connected
-
-
-def run_all(*targets):
-    """Runs each in a thread of its own; raises what the first of them raised."""
-    faults: list[BaseException] = []
-
-    def guarded(target):
-        try:
-            target()
-        except BaseException as error:  # noqa: BLE001 - raised by the test's own thread
-            faults.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if faults:
-        raise faults[0]
 
 
 # --- results

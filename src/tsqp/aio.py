@@ -69,6 +69,10 @@ class Helper:
             one.cancelled = True
             self._bell.ring()
 
+    def look(self) -> None:
+        """Has the thread look at once: something may have come another way than through the ring."""
+        self._bell.ring()
+
     def stop(self) -> None:
         """Ends the thread; whoever waits looks again."""
         self._waits.put(None)

@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError
 from copy import copy
 from typing import Any, TypeVar
 
+from .awaiting import Loops
 from .errors import ClosedError, MessageError, PeerDiedError, ProtocolError, TsqpError, WaitTimeoutError
 from .kv_lengths import Outcome
 from .pending import DROPPED, OPEN, SETTLED, PendingCall
@@ -44,7 +45,7 @@ class InFlight:
         #: Seconds the client's calls may take; the client's own attribute.
         self.timeout = timeout
         self.round_trips = self.stale_replies = self.errors = self.busy_ns = 0
-        self._channel = channel
+        self.channel = channel
         self._send, self._recv = channel.send, channel.recv
         self._max_in_flight = max_in_flight
         self._sending = threading.Lock()
@@ -54,6 +55,8 @@ class InFlight:
         self._bytes = 0  # of the pending
         self._lost: dict[int, None] = {}
         self._waiters: list[Waiter] = []
+        self._loops = Loops(self, self._table)
+        self._awaited = self._loops.readers  # asking a list costs less
         self._next_id = 1
         self._busy_since_ns = 0
         self._writing = False  # a thread is in the channel's send, and may need somebody to read
@@ -106,6 +109,13 @@ class InFlight:
                 f"no reply to request {call.request_id} in {timeout} s; it may still come, ask again"
             )
 
+    async def arrival(self, ready: Callable[[], bool]) -> None:
+        """Returns once ``ready()``, for coroutines and without a limit: the event loop goes on."""
+        try:
+            await self._loops.wait(ready)
+        finally:
+            self._relieve()
+
     def close(self) -> None:
         """Ends every call with :class:`ClosedError`, those to come too."""
         self._fail_all(ClosedError("this client is closed; make a new one"))
@@ -153,9 +163,9 @@ class InFlight:
         self._prepare(call)
         begin = time.perf_counter_ns()
         if len(self._pending) >= _TAKE_FROM:
-            self._take_ready()
+            self.take_ready()
         nbytes = call.wire_bytes()
-        if not self._has_room(nbytes):
+        if not self.has_room(nbytes):
             self._wait_for_room(call, nbytes, timeout)
         self._enlist(call, begin, nbytes)
         self._writing = True
@@ -163,16 +173,19 @@ class InFlight:
             self._transmit(call, timeout)
         finally:
             self._writing = False
+            if self._awaited:
+                self.channel.helper().look()  # a send that had to wait may have read ahead
         call.tensors = ()
 
-    def _has_room(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int = 0) -> bool:
+        """Whether another request of ``nbytes`` may be sent without waiting for a reply."""
         count = len(self._pending)
         return not count or (count < self._max_in_flight and self._bytes + nbytes <= MAX_BYTES_IN_FLIGHT)
 
     def _wait_for_room(self, call: PendingCall[Any], nbytes: int, timeout: float | None) -> None:
         done = False
         try:
-            done = self._wait(lambda: self._has_room(nbytes), timeout)
+            done = self._wait(lambda: self.has_room(nbytes), timeout)
         finally:
             if not done:
                 self._lose(call, Outcome.REFUSED)  # it was not sent
@@ -208,7 +221,7 @@ class InFlight:
             raise
         finally:
             self._reading.release()
-            if self._waiters or self._writing:
+            if self._waiters or self._writing or self._awaited:
                 self._relieve()
         return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
 
@@ -262,12 +275,12 @@ class InFlight:
                 self._fail_all(error)
         return True
 
-    def _take_ready(self) -> None:
-        """Delivers the replies that are there already, unless another thread reads."""
+    def take_ready(self) -> bool:
+        """Delivers the replies that are there already; False: another thread reads."""
         if not self._reading.acquire(False):
-            return
+            return False
         try:
-            while self._channel.poll():
+            while self.channel.poll():
                 self._deliver(self._recv(0.0))
         except WaitTimeoutError:
             pass  # a part of a large one
@@ -275,15 +288,16 @@ class InFlight:
             self._fail_all(error)
         finally:
             self._reading.release()
-            if self._waiters:
+            if self._waiters or self._awaited:
                 self._relieve()
+        return True
 
     def _relieve(self) -> None:
         """Leaves the reading to the next thread. Where none waits, but one sends and has no room because the server
         can't get rid of its replies, it goes on here until there is room: a sender that found somebody reading
         does not read itself.
         """
-        while self._writing and not self._waiters and not self._channel.can_send():
+        while self._writing and not (self._waiters or self._awaited) and not self.channel.can_send():
             if not self._reading.acquire(blocking=False):
                 return
             try:
@@ -295,10 +309,12 @@ class InFlight:
                 return
             finally:
                 self._reading.release()
-        if self._waiters:
+        if self._waiters or self._awaited:
             with self._table:
-                if self._waiters and not self._reading.locked():
-                    self._waiters[0].wake()
+                if self._reading.locked():
+                    return
+                # A thread first: what a loop's thread does meanwhile, nobody knows.
+                (self._waiters[0] if self._waiters else self._loops).wake()
 
     # --- the table -----------------------------------------------------------------------------------------
 
@@ -385,3 +401,4 @@ class InFlight:
         for waiter in self._waiters:
             if waiter.ready():
                 waiter.wake()
+        self._loops.wake_ready()

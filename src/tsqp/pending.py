@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ class Flight(Protocol):
 
     def wait_for(self, call: PendingCall[Any], timeout: float | None) -> None: ...
     def cancel(self, call: PendingCall[Any]) -> bool: ...
+    async def arrival(self, ready: Callable[[], bool]) -> None: ...
 
 
 class History(Protocol):
@@ -40,7 +41,8 @@ class History(Protocol):
 class PendingCall(Generic[T]):
     """A request that was sent, and its result once the reply is there. Made by ``client.submit``.
 
-    Any thread may wait for it, several together too. The reply is checked exactly as that of a blocking call.
+    Any thread may wait for it, several together too, and so may coroutines: ``await call`` is its result. The reply
+    is checked exactly as that of a blocking call.
     """
 
     # Without an underscore: for the table it is in.
@@ -113,6 +115,16 @@ class PendingCall(Generic[T]):
         """
         if self.state == OPEN:
             self.flight.wait_for(self, timeout)
+        return self.conclude()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """:meth:`result` for asyncio: the event loop goes on meanwhile, with no thread for this call.
+
+        Cancelling the coroutine that waits leaves the call in flight: it may be awaited again, or cancelled by
+        :meth:`cancel`. ``asyncio.wait_for`` bounds the wait.
+        """
+        if self.state == OPEN:
+            yield from self.flight.arrival(self.done).__await__()
         return self.conclude()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

@@ -23,14 +23,22 @@ class Submitter:
     h)``, for a name that is only known at run time.
 
     Where as many requests are in flight as may be, or as many bytes, a call first waits for replies, at most
-    the client's ``timeout``. What is wrong with the arguments is raised here, what the server says of them by
-    ``result()``. The tensors may be changed as soon as the method returns. The first call of a client asks for
-    Init, and waits for that.
+    the client's ``timeout`` (see :meth:`room` for asyncio). What is wrong with the arguments is raised here, what
+    the server says of them by ``result()``, or by ``await`` of the call. The tensors may be changed as soon as the
+    method returns. The first call of a client asks for Init, and waits for that.
     """
 
     def __init__(self, requests: Requests, flight: InFlight) -> None:
         self._requests = requests
         self._flight = flight
+
+    async def room(self) -> None:
+        """For asyncio: returns once a request could be sent without waiting for replies, so that the event loop is
+        not held up by a submit while as many are in flight as may be.
+
+        ``await client.submit.room(); call = client.submit.linear(name, h); ...; y = await call``
+        """
+        await self._flight.arrival(self._flight.has_room)
 
     def _send(self, call: PendingCall[T]) -> PendingCall[T]:
         return self._flight.submit(call, self._flight.timeout)
@@ -95,4 +103,4 @@ class Submitter:
         return self._send(self._requests.server_stats())
 
 
-_METHODS = tuple(name for name in vars(Submitter) if not name.startswith("_"))
+_METHODS = tuple(name for name in vars(Submitter) if not name.startswith("_") and name != "room")

@@ -88,6 +88,7 @@ class Channel(Port):
         self._link, self._segment, self._bell = link, segment, Doorbell(spin_us, futex, wait)
         self._bell_options = (futex, wait)
         self._helper: aio.Helper | None = None
+        self._helper_lock = threading.Lock()
         # They reach back through a weak reference: a cycle would keep a closed channel's segment mapped until the
         # garbage collector comes. The channel lives while it sends.
         me = weakref.proxy(self)
@@ -194,9 +195,10 @@ class Channel(Port):
 
     def helper(self) -> aio.Helper:
         """The thread that waits for asyncio."""
-        if self._helper is None:
-            self._helper = aio.Helper(self, *self._bell_options)
-        return self._helper
+        with self._helper_lock:  # loops of several threads may ask
+            if self._helper is None:
+                self._helper = aio.Helper(self, *self._bell_options)
+            return self._helper
 
     def wait_link(self, deadline: float) -> bool:
         """Waits for a message over ZeroMQ until `deadline` (time.monotonic seconds); True if one is there."""
