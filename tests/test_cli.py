@@ -41,6 +41,7 @@ COMMANDS = {
     "prefill": ("--tokens", "--placement", "--repeat", "--model", "--endpoint"),
     "demo": ("--prompt", "--max-new-tokens", "--placement"),
     "clean": ("--yes",),
+    "health": ("--endpoint", "--timeout", "--json"),
 }
 PROMPT = "And the king said unto"
 

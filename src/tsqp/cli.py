@@ -1,4 +1,5 @@
-"""The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``clean``.
+"""The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
+``clean``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
@@ -14,6 +15,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sys
+from json import dumps
 from typing import Annotated
 
 import typer
@@ -36,7 +38,7 @@ from .cli_parts import (
 from .errors import TsqpError
 from .placement import get_placement
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="tsqp",
@@ -196,6 +198,22 @@ def demo(
         print_comparison(result, Console())
     if not result.tokens_equal:
         raise TsqpError("the split model's tokens differ from those of stock transformers, which is a fault of tsqp")
+
+
+@app.command(epilog="Example: [bold]tsqp health --timeout 2 --json[/]")
+def health(*, endpoint: options.Endpoint = None, timeout: options.Timeout = 5.0, json: options.Json = False) -> None:
+    """Asks a running server for a small computation on its device. Leaves with status 0 if it answers, else 1."""
+    where = endpoint or config.default_endpoint()
+    config.parse_endpoint(where)
+    with status("loading torch"):
+        from .health import check_health
+    found = check_health(where, timeout)
+    if json:
+        print(dumps(found.as_json()))
+        raise typer.Exit(EXIT_OK if found.healthy else EXIT_ERROR)
+    if not found.healthy:
+        raise TsqpError(str(found))
+    print(found)
 
 
 @app.command(epilog="Example: [bold]tsqp clean --yes[/]")

@@ -113,3 +113,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print transfer and operato
 Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")]
 Repeat = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs, after one that is not counted.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Remove them; without this they are only listed.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.001, metavar="SECONDS", help="How long connecting and the computation may take together.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
