@@ -20,11 +20,13 @@ UNITS = (
     "test_codec",
     "test_convert",
     "test_copy",
+    "test_kernels",
     "test_pool",
     "test_segment",
     "test_processes",
     "test_ring",
     "test_ring_random",
+    "test_threads",
     "test_wait",
 )
 STRESS = "stress_ring"
@@ -49,7 +51,11 @@ def main() -> int:
     tsan = usable(compiler, "tsan", "ThreadSanitizer", tally)
     bare = FLAVOURS["bare"]
     wanted: dict[str, list[str]] = {}
-    for flavour, tests in ((asan, list(UNITS)), (tsan, ["test_pool", "test_wait", STRESS]), (bare, [STRESS])):
+    for flavour, tests in (
+        (asan, list(UNITS)),
+        (tsan, ["test_pool", "test_threads", "test_wait", STRESS]),
+        (bare, [STRESS]),
+    ):
         known = wanted.setdefault(flavour.name, [])
         known += [test for test in tests if test not in known]
 

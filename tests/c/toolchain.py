@@ -166,7 +166,7 @@ def build(
     for test, program in programs.items():
         linked = [objects[test], *(objects[name] for name in core if name != includes.get(test))]
         linked += [objects[source.stem] for source in extra]
-        commands.append([*compiler, *flavour.flags, "-pthread", *map(str, linked), "-o", str(program)])
+        commands.append([*compiler, *flavour.flags, "-pthread", *map(str, linked), "-lm", "-o", str(program)])
     compile_all(commands)
     return programs
 

@@ -1,0 +1,258 @@
+/* kernels_rows.h: RMSNorm, SiLU times gate, rotary embedding and a plain copy, written once in the vectors of
+ * the source that includes it (`vf` of LANES floats and the functions v*). */
+
+/* Of x below EXP_HIGH. */
+INLINE SIMD vf vexp_bounded(vf x) {
+    x = vmax(vset(EXP_LOW), x); /* a NaN passes */
+    vf n = vnearest(vmul(x, vset(LOG2_E)));
+    vf r = vfma(n, vset(-LN2_HIGH), x);
+    r = vfma(n, vset(-LN2_LOW), r);
+    vf p = vfma(vset(EXP_C6), r, vset(EXP_C5));
+    p = vfma(p, r, vset(EXP_C4));
+    p = vfma(p, r, vset(EXP_C3));
+    p = vfma(p, r, vset(EXP_C2));
+    p = vfma(p, r, vset(EXP_C1));
+    p = vadd(vfma(p, vmul(r, r), r), vset(1));
+    return vscale2(p, n);
+}
+
+INLINE SIMD vf vexp(vf x) {
+    return vexp_bounded(vmin(vset(EXP_HIGH), x));
+}
+
+INLINE SIMD vf get_float(const float *src) {
+    return vget((const uint8_t *)src, TSQP_FLOAT32, LANES);
+}
+
+INLINE SIMD void put_float(float *dst, vf x) {
+    vput((uint8_t *)dst, TSQP_FLOAT32, x, LANES, false);
+}
+
+/* A stream store writes whole aligned vectors only. */
+INLINE bool streamable(const void *dst, bool stream) {
+    return stream && (uintptr_t)dst % 64 == 0;
+}
+
+static SIMD void exp_all(float *dst, const float *src, size_t count) {
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        put_float(dst + i, vexp(get_float(src + i)));
+    if (i < count) {
+        vf x = vexp(vget((const uint8_t *)(src + i), TSQP_FLOAT32, count - i));
+        vput((uint8_t *)(dst + i), TSQP_FLOAT32, x, count - i, false);
+    }
+}
+
+/* ---- RMSNorm ---- */
+
+/* The order of torch's sum over a contiguous row on x86 (aten/src/ATen/native/cpu/SumKernel.cpp: 4 vectors of
+ * 8, cascaded every 16 steps), so that the sum is the stock model's to the last bit; it is a good one, too.
+ */
+#define SUM_LANES 32
+#define SUM_VECTORS (SUM_LANES / LANES)
+#define SUM_LEVELS 4
+#define SUM_STEPS 16
+
+INLINE SIMD void carry(vf level[SUM_LEVELS][SUM_VECTORS], size_t steps) {
+    for (unsigned j = 1, shift = 4; j < SUM_LEVELS; j++, shift += 4) {
+        for (unsigned k = 0; k < SUM_VECTORS; k++) {
+            level[j][k] = vadd(level[j][k], level[j - 1][k]);
+            level[j - 1][k] = vset(0);
+        }
+        if (steps & ((size_t)(SUM_STEPS - 1) << shift))
+            break;
+    }
+}
+
+INLINE SIMD void add_squares(vf sum[SUM_VECTORS], const float *x) {
+    for (unsigned k = 0; k < SUM_VECTORS; k++) {
+        vf v = get_float(x + k * LANES);
+        sum[k] = vadd(sum[k], vmul(v, v));
+    }
+}
+
+INLINE SIMD float sum_of_squares(const float *x, size_t count) {
+    vf level[SUM_LEVELS][SUM_VECTORS];
+    float lane[SUM_LANES], sum = 0;
+    for (unsigned j = 0; j < SUM_LEVELS; j++)
+        for (unsigned k = 0; k < SUM_VECTORS; k++)
+            level[j][k] = vset(0);
+    size_t steps = count / SUM_LANES, i = 0;
+    while (i + SUM_STEPS <= steps) {
+        for (size_t end = i + SUM_STEPS; i < end; i++)
+            add_squares(level[0], x + i * SUM_LANES);
+        carry(level, i);
+    }
+    for (; i < steps; i++)
+        add_squares(level[0], x + i * SUM_LANES);
+    for (unsigned k = 0; k < SUM_VECTORS; k++) {
+        for (unsigned j = 1; j < SUM_LEVELS; j++)
+            level[0][k] = vadd(level[0][k], level[j][k]);
+        put_float(lane + k * LANES, level[0][k]);
+    }
+    for (i *= SUM_LANES; i + 8 <= count; i += 8)
+        for (unsigned l = 0; l < 8; l++)
+            lane[l] += x[i + l] * x[i + l];
+    for (; i < count; i++)
+        sum += x[i] * x[i];
+    for (unsigned l = 0; l < 8; l++)
+        sum += lane[l] + lane[l + 8] + lane[l + 16] + lane[l + 24];
+    return sum;
+}
+
+/* One row, with the residual added, as floats: everything that follows is computed from this one reading. */
+INLINE SIMD void read_part(const struct tsqp_rms_norm *job, size_t at, float *row, unsigned dtype, size_t n,
+                           bool stream) {
+    const size_t offset = at * width_of(dtype);
+    vf x = vget((const uint8_t *)job->x + offset, dtype, n);
+    if (job->residual) {
+        x = vround(vadd(x, vget((const uint8_t *)job->residual + offset, dtype, n)), dtype);
+        vput((uint8_t *)job->total + offset, dtype, x, n, stream);
+    }
+    put_float(row, x);
+}
+
+INLINE SIMD void norm_part(const uint8_t *weight, uint8_t *out, const float *row, vf factor, unsigned dtype,
+                           size_t n, bool stream) {
+    vf x = vround(vmul(get_float(row), factor), dtype);
+    vput(out, dtype, vmul(vget(weight, dtype, n), x), n, stream);
+}
+
+INLINE SIMD void rms_norm_rows(const struct tsqp_rms_norm *job, size_t begin, size_t end, float *row,
+                               bool stream, unsigned dtype) {
+    const size_t cols = job->cols, whole = cols - cols % LANES, width = width_of(dtype);
+    const uint8_t *weight = job->weight;
+    for (size_t at = begin * cols; at < end * cols; at += cols) {
+        uint8_t *out = (uint8_t *)job->out + at * width;
+        for (size_t i = 0; i < whole; i += LANES)
+            read_part(job, at + i, row + i, dtype, LANES, stream);
+        if (whole < cols)
+            read_part(job, at + whole, row + whole, dtype, cols - whole, false);
+        float mean = sum_of_squares(row, cols) / (float)cols;
+        vf factor = vset(1.0f / sqrtf(mean + job->eps));
+        for (size_t i = 0; i < whole; i += LANES)
+            norm_part(weight + i * width, out + i * width, row + i, factor, dtype, LANES, stream);
+        if (whole < cols)
+            norm_part(weight + whole * width, out + whole * width, row + whole, factor, dtype, cols - whole,
+                      false);
+    }
+}
+
+static SIMD void rms_norm(const struct tsqp_rms_norm *job, size_t begin, size_t end, float *row,
+                          bool stream) {
+    stream = streamable(job->out, stream) && job->cols % (64 / width_of(job->dtype)) == 0 &&
+             (!job->residual || streamable(job->total, stream));
+    if (job->dtype == TSQP_FLOAT32 && stream)
+        rms_norm_rows(job, begin, end, row, true, TSQP_FLOAT32);
+    else if (job->dtype == TSQP_FLOAT32)
+        rms_norm_rows(job, begin, end, row, false, TSQP_FLOAT32);
+    else if (stream)
+        rms_norm_rows(job, begin, end, row, true, TSQP_BFLOAT16);
+    else
+        rms_norm_rows(job, begin, end, row, false, TSQP_BFLOAT16);
+    if (stream)
+        vfence();
+}
+
+/* ---- SiLU times gate ---- */
+
+INLINE SIMD void silu_mul_part(const struct tsqp_silu_mul *job, size_t at, unsigned dtype, size_t n,
+                               bool stream) {
+    const size_t offset = at * width_of(dtype);
+    vf gate = vget((const uint8_t *)job->gate + offset, dtype, n);
+    /* sigmoid(x) = 1 / (1 + e^-x), or e^x / (1 + e^x) where x < 0: the divisor is in [1, 2]. */
+    vf small = vexp_bounded(vminus_abs(gate)), sigmoid = vinverse(vadd(vset(1), small));
+    sigmoid = vif_negative(gate, vmul(small, sigmoid), sigmoid);
+    vf silu = vround(vmul(gate, sigmoid), dtype);
+    vf up = vget((const uint8_t *)job->up + offset, dtype, n);
+    vput((uint8_t *)job->out + offset, dtype, vmul(silu, up), n, stream);
+}
+
+INLINE SIMD void silu_mul_all(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream,
+                              unsigned dtype) {
+    size_t i = begin;
+    for (; i + LANES <= end; i += LANES)
+        silu_mul_part(job, i, dtype, LANES, stream);
+    if (i < end)
+        silu_mul_part(job, i, dtype, end - i, false);
+}
+
+static SIMD void silu_mul(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream) {
+    stream = streamable((const uint8_t *)job->out + begin * width_of(job->dtype), stream);
+    if (job->dtype == TSQP_FLOAT32 && stream)
+        silu_mul_all(job, begin, end, true, TSQP_FLOAT32);
+    else if (job->dtype == TSQP_FLOAT32)
+        silu_mul_all(job, begin, end, false, TSQP_FLOAT32);
+    else if (stream)
+        silu_mul_all(job, begin, end, true, TSQP_BFLOAT16);
+    else
+        silu_mul_all(job, begin, end, false, TSQP_BFLOAT16);
+    if (stream)
+        vfence();
+}
+
+/* ---- rotary embedding ---- */
+
+/* Elements i and i + dim/2 of a line, n of each; both are read before either is written. */
+INLINE SIMD void rotate_part(const uint8_t *x, uint8_t *out, const uint8_t *cos, const uint8_t *sin,
+                             size_t half, unsigned dtype, size_t n) {
+    vf low = vget(x, dtype, n), high = vget(x + half, dtype, n);
+    vf low_cos = vround(vmul(low, vget(cos, dtype, n)), dtype);
+    vf low_sin = vround(vmul(high, vget(sin, dtype, n)), dtype);
+    vf high_cos = vround(vmul(high, vget(cos + half, dtype, n)), dtype);
+    vf high_sin = vround(vmul(low, vget(sin + half, dtype, n)), dtype);
+    vput(out, dtype, vsub(low_cos, low_sin), n, false);
+    vput(out + half, dtype, vadd(high_cos, high_sin), n, false);
+}
+
+INLINE SIMD void rotary_lines(const struct tsqp_rotary *job, size_t begin, size_t end, unsigned dtype) {
+    const size_t width = width_of(dtype), count = job->dim / 2, whole = count - count % LANES;
+    struct cursor cursor = {.shape = job->shape,
+                            .strides = {job->x_strides, job->out_strides, job->cos_strides, job->sin_strides},
+                            .ndim = TSQP_ROTARY_NDIM,
+                            .tensors = 4};
+    cursor_seek(&cursor, begin);
+    for (size_t line = begin; line < end; line++, cursor_next(&cursor)) {
+        const uint8_t *x = (const uint8_t *)job->x + cursor.offset[0] * (int64_t)width;
+        uint8_t *out = (uint8_t *)job->out + cursor.offset[1] * (int64_t)width;
+        const uint8_t *cos = (const uint8_t *)job->cos + cursor.offset[2] * (int64_t)width;
+        const uint8_t *sin = (const uint8_t *)job->sin + cursor.offset[3] * (int64_t)width;
+        for (size_t i = 0; i < whole * width; i += LANES * width)
+            rotate_part(x + i, out + i, cos + i, sin + i, count * width, dtype, LANES);
+        if (whole < count)
+            rotate_part(x + whole * width, out + whole * width, cos + whole * width, sin + whole * width,
+                        count * width, dtype, count - whole);
+    }
+}
+
+static SIMD void rotary(const struct tsqp_rotary *job, size_t begin, size_t end) {
+    if (job->dtype == TSQP_FLOAT32)
+        rotary_lines(job, begin, end, TSQP_FLOAT32);
+    else
+        rotary_lines(job, begin, end, TSQP_BFLOAT16);
+}
+
+/* ---- a plain copy ---- */
+
+INLINE SIMD void move_all(const struct tsqp_move *job, size_t begin, size_t end, bool two, bool stream) {
+    const uint8_t *first = job->source[0], *second = job->source[1];
+    for (size_t i = begin; i < end; i += LANES * 4) {
+        vf x = vget(first + i, TSQP_FLOAT32, LANES);
+        if (two)
+            x = vadd(x, vget(second + i, TSQP_FLOAT32, LANES));
+        vput((uint8_t *)job->target + i, TSQP_FLOAT32, x, LANES, stream);
+    }
+}
+
+static SIMD void move(const struct tsqp_move *job, size_t begin, size_t end) {
+    if (job->sources == 2 && job->stream)
+        move_all(job, begin, end, true, true);
+    else if (job->sources == 2)
+        move_all(job, begin, end, true, false);
+    else if (job->stream)
+        move_all(job, begin, end, false, true);
+    else
+        move_all(job, begin, end, false, false);
+    if (job->stream)
+        vfence();
+}
