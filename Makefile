@@ -60,7 +60,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message tsqp._channel
+	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message tsqp._channel tsqp._kernels
 
 format:
 	$(BIN)/ruff check --fix $(PYTHON_CODE)

@@ -71,4 +71,6 @@ cdef class Decoder(Scratch):
 
 
 cdef bytes meta_of(object meta)
+cdef int _describe(object tensor, tsqp_tensor_desc *desc, Source *source) except -1
+cdef object _new_tensor(tsqp_tensor_desc *desc, void **data)
 cdef uint32_t OUT_OF_SLOT

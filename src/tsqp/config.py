@@ -24,7 +24,7 @@ def _env_int(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{name}={text!r} is not a whole number; set a number of bytes or unset it") from None
+        raise ConfigError(f"{name}={text!r} is not a whole number; set one or unset it") from None
 
 
 def max_chunk_bytes() -> int:
@@ -35,6 +35,14 @@ def max_chunk_bytes() -> int:
 def max_chunks() -> int:
     """Slots per ring: ``TSQP_SHM_MAX_CHUNKS`` or 10."""
     return _env_int("TSQP_SHM_MAX_CHUNKS", MAX_CHUNKS)
+
+
+def threads() -> int | None:
+    """``TSQP_THREADS``: how many threads the trusted operators use; None where it is not set."""
+    count = _env_int("TSQP_THREADS", 0)
+    if count < 0:
+        raise ConfigError(f"TSQP_THREADS={count} is negative; set the number of threads of the trusted operators")
+    return count or None
 
 
 def model_path() -> str | None:
