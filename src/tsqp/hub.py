@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
 import time
@@ -81,7 +82,8 @@ class Hub:
         self._options, self._bell = options, bell
         self._scheme = endpoint.scheme
         self.accepted: deque[Channel] = deque()
-        self.channels: list[Channel] = []
+        self._numbers = itertools.count()
+        self.channels: list[Channel] = []  # in the order of connecting, which is that of their numbers
         self.failure: BaseException | None = None  # what ended the I/O thread
         self.clients: dict[bytes, _Client] = {}
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
@@ -291,6 +293,7 @@ class Hub:
         )
         link.on_event = self._bell.ring
         channel.on_close = self._closed_channel
+        channel.number = next(self._numbers)
         client.link, client.channel, client.segment = link, channel, None if segment is None else segment
         self.channels.append(channel)
         self.accepted.append(channel)

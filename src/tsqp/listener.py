@@ -15,6 +15,7 @@ from .config import parse_endpoint
 from .errors import ClosedError, ConfigError, RingUsageError, WaitTimeoutError
 from .hub import Hub, HubOptions
 from .transport import MAX_MESSAGE_BYTES, Channel, check_carriers, check_limit, close_at_exit
+from .turns import Turns
 
 
 class Listener:
@@ -58,7 +59,7 @@ class Listener:
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._bell = Doorbell(spin_us, hs.futex_works(), wait)
         self._watcher = Watcher(self._bell)
-        self._turn = 0
+        self._turns = Turns()
         self._interrupted = False
         self._closed = False
         self._pid = os.getpid()
@@ -120,8 +121,8 @@ class Listener:
     def _rotate(self, ready: list[Channel]) -> list[Channel]:
         if len(ready) == 1:
             return ready
-        self._turn = (self._turn + 1) % len(ready)
-        return ready[self._turn :] + ready[: self._turn]
+        start = self._turns.start([channel.number for channel in ready])
+        return ready[start:] + ready[:start]
 
     def interrupt(self) -> None:
         """Ends a :meth:`wait` (with what is ready, perhaps nothing) or an :meth:`accept` (WaitTimeoutError) in another

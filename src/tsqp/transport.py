@@ -84,6 +84,7 @@ class Channel(Port):
         super().__init__(tx, rx, chooser.threshold)
         self.peer = peer
         self.transport = f"shm+{scheme}" if segment is not None else scheme
+        self.number = 0  # the listener's, in the order of connecting
         self.on_close: Callable[[Channel], None] = lambda channel: None
         self._link, self._segment, self._bell = link, segment, Doorbell(spin_us, futex, wait)
         self._bell_options = (futex, wait)
