@@ -217,9 +217,7 @@ def idle_once(running: Running, seconds: float) -> Awakening:
     after = time.monotonic_ns()
     delivered = peer.stamp.taken() - before
     if not 0 < delivered < after - before:
-        raise WrongAnswerError(
-            f"a message came after {delivered} ns, its answer after {after - before} ns"
-        )
+        raise WrongAnswerError(f"a message came after {delivered} ns, its answer after {after - before} ns")
     return Awakening(*shares, delivered, after - before)
 
 

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 pytest.importorskip("rich")
 
-from benchmarks import bars, clients
+from benchmarks import bars, clients, paired
 from benchmarks.peers import registry
 from benchmarks.report import Samples, figure, size_text
 from benchmarks.transport import PARTS, parse_size
@@ -27,9 +28,9 @@ CELL = {"median_us", "p99_us", "max_us", "count", "cpu_us_per_message", "client_
 CELL |= {"server_cpu_us_per_message", "faults_per_message", "copied_per_byte_delivered"}
 
 
-def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+def benchmark(*arguments: str, part: str = "transport") -> subprocess.CompletedProcess[str]:
     """Runs the command as a user does, in a process of its own: it pins itself to a core."""
-    command = [sys.executable, "-m", "benchmarks.transport", *arguments]
+    command = [sys.executable, "-m", f"benchmarks.{part}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
@@ -213,3 +214,27 @@ def test_every_peer_has_a_key_a_title_and_counted_copies() -> None:
             copies = peer.copies(nbytes)
             assert copies is not None
             assert copies.per_byte_delivered >= 1
+
+
+def test_a_pair_is_compared_round_by_round(tmp_path: Path) -> None:
+    path = tmp_path / "paired.json"
+    done = benchmark("tsqp", "multipart", "--size", "1MB", "--rounds", "6", "--json", str(path), part="paired")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert [len(times) for times in found["times_us"]] == [6, 6]
+    ratios = [one / other for one, other in zip(*found["times_us"], strict=True)]
+    low, high = found["ratio_95"]
+    assert min(ratios) <= low <= found["ratio"] <= high <= max(ratios)
+    assert "tsqp / multipart" in done.stdout
+
+
+def test_the_interval_holds_the_median_and_shrinks_with_more_rounds() -> None:
+    random = Random(1)
+    ratios = [random.gauss(1.1, 0.1) for _ in range(400)]
+    few, many = paired.interval(ratios[:20]), paired.interval(ratios)
+    assert few[0] < 1.1 < few[1]
+    assert many[0] < 1.1 < many[1]
+    assert many[1] - many[0] < few[1] - few[0]
+    assert paired.verdict({"peers": ["a", "b"], "ratio_95": many}).startswith("a is slower than b, by ")
+    assert paired.verdict({"peers": ["a", "b"], "ratio_95": (0.8, 0.9)}) == "a is faster than b, by 10.0 to 20.0 %"
+    assert paired.verdict({"peers": ["a", "b"], "ratio_95": (0.9, 1.1)}).startswith("no difference between a and b")
