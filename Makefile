@@ -50,8 +50,9 @@ soak: $(VENV)/.installed
 	$(BIN)/python tests/c/run.py --soak
 	$(BIN)/python tests/model/run.py --soak
 	$(BIN)/python tests/fuzz/run.py --minutes 2
-	TSQP_SOAK=1 $(BIN)/python -m pytest -q -s tests/test_hostile_segment.py tests/test_torn_reads.py \
-	  tests/test_kill_campaign.py
+	TSQP_SOAK=1 $(BIN)/python -m pytest -q -s tests/test_hostile_segment.py
+	TSQP_SOAK=5 $(BIN)/python -m pytest -q -s tests/test_kill_campaign.py
+	TSQP_SOAK=1 $(BIN)/python -m pytest -q -s tests/test_torn_reads.py
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]' --no-build-isolation \

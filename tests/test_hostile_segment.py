@@ -17,9 +17,9 @@ from wire_bytes import check_numbered, numbered
 
 import tsqp
 
-#: In each role of the victim.
-MUTATIONS = 600_000
-ROUNDS = 20 if os.environ.get("TSQP_SOAK") == "1" else 1
+#: In each round and role of the victim. A round has to end in a minute or two on a busy machine, too.
+MUTATIONS = 200_000
+ROUNDS = 60 if os.environ.get("TSQP_SOAK") == "1" else 3
 #: What a victim's memory may grow by: the pool that keeps freed result memory, twice.
 MAX_GROWTH_BYTES = 512 << 20
 
@@ -43,8 +43,8 @@ def _check(report: dict[str, Any], assault: dict[str, int]) -> None:
     # Not a peer nobody listened to: both good and bad messages came through.
     outcomes = report["outcomes"]
     refused = sum(count for name, count in outcomes.items() if name.endswith("Error") and "Timeout" not in name)
-    assert outcomes["messages"] > 100
-    assert refused > 1000
+    assert outcomes["messages"] > 20
+    assert refused > 300
 
 
 @pytest.mark.watchdog(150)
@@ -62,7 +62,7 @@ def test_a_server_stands_a_hostile_client_and_serves_the_others(
             innocent.send([numbered(number, nbytes)], request_id=number, timeout=30)
             check_numbered(innocent.recv(30), number, nbytes)
             number += 1
-        assert number > 1000
+        assert number > 300
     assault = bad.hear()
     victim.say("stop")
     _check(victim.hear(), assault)
@@ -75,7 +75,7 @@ def test_a_client_stands_a_hostile_server(start_peer: StartPeer, endpoint: str, 
     bad = start_peer(hp.bad_server, str(library), endpoint, 1000 * seed, MUTATIONS)
     assert bad.hear() == "listening"
     victim = start_peer(hp.victim_client, endpoint)
-    assert hp.has_spoken(bad, 100)
+    assert hp.has_spoken(bad, 120), "the assault did not come to its end"
     assault = bad.hear()
     victim.say("stop")
     _check(victim.hear(), assault)
