@@ -25,14 +25,14 @@ def model():
 def held_back(server):
     """While this lasts the server is busy with one client's request; what others ask meanwhile waits."""
     busy, go_on = threading.Event(), threading.Event()
-    handler, *rows = server._turns._methods[Method.PING]
+    handler, *rows = server._answering._methods[Method.PING]
 
     def wait_then_answer(session, msg):
         busy.set()
         assert go_on.wait(PATIENCE_S)
         return handler(session, msg)
 
-    server._turns._methods[Method.PING] = (wait_then_answer, *rows)
+    server._answering._methods[Method.PING] = (wait_then_answer, *rows)
     with client_of(server) as plug:
         call = plug.submit.ping()
         try:
@@ -41,7 +41,7 @@ def held_back(server):
         finally:
             go_on.set()
         call.result()
-    server._turns._methods[Method.PING] = (handler, *rows)
+    server._answering._methods[Method.PING] = (handler, *rows)
 
 
 def together(server, stack, inputs, ask):
@@ -51,7 +51,7 @@ def together(server, stack, inputs, ask):
         client.init()
     with held_back(server):
         calls = [ask(client, h) for client, h in zip(clients, inputs, strict=True)]
-        rings = [session.channel for session in server._turns.sessions.values()]
+        rings = [session.channel for session in server._answering.sessions.values()]
         until(lambda: sum(channel.poll() for channel in rings) == len(inputs))
     return calls
 
@@ -153,7 +153,7 @@ def test_a_client_that_left_does_not_spoil_the_answer_of_the_others(model, tmp_p
         with held_back(server):
             ask_projections(leaving, h)
             call = ask_projections(staying, h)
-            until(lambda: sum(session.channel.poll() for session in server._turns.sessions.values()) == 2)
+            until(lambda: sum(session.channel.poll() for session in server._answering.sessions.values()) == 2)
             leaving.close()
         expected = model.model.layers[1].self_attn.q_proj(h).detach()
         torch.testing.assert_close(call.result()[0], expected)
@@ -222,17 +222,17 @@ def test_waiting_for_others_is_given_up_where_nobody_comes_and_tried_now_and_the
 def test_a_request_of_a_client_just_answered_is_waited_for(model, tmp_path, monkeypatch):
     """For as long as it takes here: what is tested is that the late one is computed with the first."""
     h = torch.randn(2, HIDDEN)
-    monkeypatch.setattr("tsqp.turns._JUST_BEFORE_NS", int(PATIENCE_S * 1e9))
+    monkeypatch.setattr("tsqp.answering._JUST_BEFORE_NS", int(PATIENCE_S * 1e9))
     with (
         serving(model, tmp_path) as server,
         client_of(server) as first,
         client_of(server) as second,
     ):
-        server._turns._linger.budget_ns = lambda cost_ns: int(PATIENCE_S * 1e9)
+        server._answering._linger.budget_ns = lambda cost_ns: int(PATIENCE_S * 1e9)
         for client in (first, second):
             client.init()
         early = ask_projections(first, h)
-        until(lambda: not any(session.channel.poll() for session in server._turns.sessions.values()))
+        until(lambda: not any(session.channel.poll() for session in server._answering.sessions.values()))
         late = ask_projections(second, h)
         torch.testing.assert_close(early.result()[0], late.result()[0])
         assert server.stats["joined_requests"] == 2

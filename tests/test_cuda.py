@@ -90,7 +90,7 @@ def test_without_shared_memory_nothing_is_locked():
 def worked_on(server, driver):
     """A server on the CPU whose replies take the device's way: copied into their slot behind an event."""
     work = CudaWork(torch.device("cpu"), driver, driver)
-    server._turns._cuda = work
+    server._answering._cuda = work
     yield work
 
 

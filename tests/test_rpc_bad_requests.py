@@ -264,7 +264,7 @@ def test_metas_without_number_do_not_fill_the_server(server):
             meta = {"layer": number % 2, "modules": ["q_proj"], "noise": number}
             assert ask(channel, Method.BATCH_LINEAR, [H], meta, number + 1).status == Status.OK
         assert ask(channel, Method.BATCH_LINEAR, [H], {**Q_PROJ, "noise": "x" * 5000}, 9999).status == Status.OK
-        (session,) = server._turns.sessions.values()
+        (session,) = server._answering.sessions.values()
         assert 0 < len(session.targets) <= 4096
         assert max(len(meta) for _, meta in session.targets) <= 1024
 

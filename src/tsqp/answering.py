@@ -1,4 +1,4 @@
-"""The server's turns: one request of every client that has one, answered, alone or together with others.
+"""How the server answers: one request of every client that has one, alone or together with others.
 
 What a client does wrong ends at worst its own connection: a request that can be read but not fulfilled gets an error
 reply, bytes that are no message, or a dead peer, end that connection and free what was kept for it.
@@ -42,7 +42,7 @@ _CLIENT_FAULTS = (PeerDiedError, ClosedError, MessageError, RingCorruptedError, 
 _NAMES = {int(method): name for method, name in METHOD_NAMES.items()}
 
 
-class Turns:
+class Answering:
     """Takes, computes and answers the requests of all sessions; one thread's."""
 
     def __init__(self, operators: Operators, telemetry: Telemetry, batching: bool, cuda: CudaWork | None) -> None:

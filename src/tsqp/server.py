@@ -1,7 +1,7 @@
 """The server: one loop that answers every connected runner.
 
 One thread serves all clients, one request per client and turn, so that none can starve another
-(:mod:`tsqp.turns`).
+(:mod:`tsqp.answering`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import config
+from .answering import Answering
 from .cuda import CudaWork
 from .errors import (
     ConfigError,
@@ -31,7 +32,6 @@ from .server_ops import Operators
 from .serving import make_default_directory, stop_signals
 from .sessions import Session
 from .telemetry import Telemetry, print_stats
-from .turns import Turns
 
 log = logging.getLogger("tsqp.server")
 
@@ -97,7 +97,7 @@ class GPUServer:
         self._operators = Operators(self._served, reply_limit_bytes)
         self.telemetry = Telemetry()
         cuda = CudaWork(self._served.device) if self._served.device.type == "cuda" else None
-        self._turns = Turns(self._operators, self.telemetry, batching, cuda)
+        self._answering = Answering(self._operators, self.telemetry, batching, cuda)
         self._clients_seen = 0
         self._listener: Any = None
         self._thread: threading.Thread | None = None
@@ -161,21 +161,21 @@ class GPUServer:
         ``seconds`` is the time since the server was made, ``busy_seconds`` the part of it spent on requests;
         ``joined_requests`` of several clients were computed together.
         """
-        turns = self._turns
-        sessions = list(turns.sessions.values())
+        answering = self._answering
+        sessions = list(answering.sessions.values())
         return {
             "side": "server",
             "endpoint": self.endpoint,
             "protection": PROTECTION_LINE,
             "clients": len(sessions),
             "clients_seen": self._clients_seen,
-            "errors": turns.errors,
-            "joined_requests": turns.joined,
-            "busy_seconds": turns.busy_ns / 1e9,
+            "errors": answering.errors,
+            "joined_requests": answering.joined,
+            "busy_seconds": answering.busy_ns / 1e9,
             "page_locked_clients": sum(bool(session.page_lock and session.page_lock.pinned) for session in sessions),
             "kv_bytes": sum(session.kv_bytes for session in sessions),
             **self.telemetry.snapshot(),
-            **turns.transfers(),
+            **answering.transfers(),
         }
 
     def print_stats(self) -> None:
@@ -217,10 +217,10 @@ class GPUServer:
     def _turn_all(self, ready: list[Any]) -> None:
         """Admits new clients, then answers one request of each client that has one."""
         while (channel := self._listener.accept_nowait()) is not None:
-            self._turns.admit(Session(channel, self._served.geometry, self._kv_limit_bytes))
+            self._answering.admit(Session(channel, self._served.geometry, self._kv_limit_bytes))
             self._clients_seen += 1
             log.info("client connected: %s", channel.peer)
-        if self._turns.serve(ready, self._is_stopping):
+        if self._answering.serve(ready, self._is_stopping):
             self._pause_s = _BLOCKED_PAUSE_S
         else:
             time.sleep(self._pause_s)
@@ -230,5 +230,5 @@ class GPUServer:
         return self._stopping
 
     def _close(self) -> None:
-        self._turns.dismiss_all()
+        self._answering.dismiss_all()
         self._listener.close()
