@@ -180,6 +180,37 @@ BAD_REQUESTS = {
         Status.BAD_REQUEST,
         "'drop' is -3",
     ),
+    "scores keys a list": (
+        Method.ATTENTION_SCORES,
+        [H, H, H],
+        {"layer": 0, "keys": [1]},
+        Status.BAD_REQUEST,
+        "'keys' is a list",
+    ),
+    "scores keys negative": (
+        Method.ATTENTION_SCORES,
+        [H, H, H],
+        {"layer": 0, "keys": -1},
+        Status.BAD_REQUEST,
+        "'keys' is -1",
+    ),
+    **{
+        f"scores keys {keys}": (
+            Method.ATTENTION_SCORES,
+            [torch.zeros(1, 4, 1, 16), *[torch.zeros(1, 2, 3, 16)] * 2],
+            {"layer": 0, "keep": 0, "keys": keys},
+            Status.BAD_REQUEST,
+            f"'keys' is {keys} but the layer holds 3 positions",
+        )
+        for keys in (0, 4, 2**63)
+    },
+    "scores keys with a keep that is not held": (
+        Method.ATTENTION_SCORES,
+        [torch.zeros(1, 4, 1, 16), *[torch.zeros(1, 2, 3, 16)] * 2],
+        {"layer": 0, "keep": 10**9, "keys": 5},
+        Status.BAD_REQUEST,
+        "keep=1000000000",
+    ),
     "scores without index": (
         Method.ATTENTION_SCORES,
         [H, H, H],
@@ -306,7 +337,7 @@ def test_a_fault_inside_an_operator_ends_nothing_and_tells_no_values(tmp_path, f
             torch.testing.assert_close(other.lm_head(H), head(H).detach())
 
 
-WORDS = ["layer", "modules", "keep", "drop", "reorder", "module", "dtype", "q_proj", "float16", "model.embed_tokens"]
+WORDS = ["layer", "modules", "keep", "keys", "drop", "reorder", "module", "dtype", "q_proj", "model.embed_tokens"]
 SCALARS = (
     st.none() | st.booleans() | st.integers(-3, 3) | st.integers(-(2**63), 2**63) | st.floats() | st.sampled_from(WORDS)
 )
@@ -321,6 +352,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "module": st.sampled_from(["model.embed_tokens", "lm_head"]),
         "dtype": st.sampled_from(["float32", "bfloat16", "int64"]),
         "keep": st.integers(-1, 3),
+        "keys": st.integers(-1, 3),
         "drop": st.integers(-1, 3),
         "reorder": st.booleans(),
     },

@@ -138,8 +138,8 @@ def test_a_rejected_request_changes_nothing(server, client):
         assert caught.value.code == status
     with pytest.raises(RemoteError, match="holds 2 rows of K and V but the new ones have 3"):
         client.attention_scores(0, *qkv(3, 1))
-    with pytest.raises(RemoteError, match=r"expected \[2, 4, queries, 6\]"):
-        client.attention_values(0, torch.rand(2, HEADS, 1, 5))
+    with pytest.raises(RemoteError, match=r"expected \[2, 4, queries, up to 6\]"):
+        client.attention_values(0, torch.rand(2, HEADS, 1, 7))
     step(client, reference, 0, qkv(2, 1))
     assert client.errors == len(bad) + 2
 
@@ -245,3 +245,22 @@ def test_scores_over_the_reply_limit_are_refused_before_anything_is_kept(tmp_pat
         assert caught.value.code == Status.LIMIT
         assert client.server_stats()["kv_bytes"] == 0
         step(client, Reference(), 0, qkv(1, 4))
+
+
+def test_scores_of_some_keys_and_values_of_them(client):
+    """Later tiles look at fewer keys than are held, and bring none; the state stays as if they had not been."""
+    reference = Reference()
+    q, k, v = qkv(2, 9)
+    expected = reference.scores(q, k, v)
+    got = client.attention_scores(0, q[:, :, :2], k[:, :, :5], v[:, :, :5], keep=0, keys=3)
+    torch.testing.assert_close(got, expected[:, :, :2, :3], rtol=1e-5, atol=1e-5)
+    got = client.attention_scores(0, q[:, :, 2:], k[:, :, 5:], v[:, :, 5:])
+    torch.testing.assert_close(got, expected[:, :, 2:], rtol=1e-5, atol=1e-5)
+    got = client.attention_scores(0, q[:, :, :2], k[:, :, :0], v[:, :, :0], keys=4)
+    torch.testing.assert_close(got, expected[:, :, :2, :4], rtol=1e-5, atol=1e-5)
+    probs = torch.rand(2, HEADS, 3, 6)
+    full = torch.cat([probs, torch.zeros(2, HEADS, 3, 3)], dim=3)
+    torch.testing.assert_close(client.attention_values(0, probs), reference.values(full), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RemoteError, match="up to 9"):
+        client.attention_values(0, torch.rand(2, HEADS, 3, 10))
+    step(client, reference, 0, qkv(2, 1))

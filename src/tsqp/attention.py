@@ -9,6 +9,7 @@ registration serves any number of models.
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from typing import Any
 
@@ -22,7 +23,14 @@ from .client import GPUClient
 from .errors import ModelError, ProtocolError, RemoteError
 from .mirror import Change, Mirror
 from .protocol import Status
+from .tiled_attention import TiledAttention, key_limits
+from .tiles import Tile, Tiling, row_tiles
 from .timing import Clock
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # nobody knows then whether the probabilities are wanted
+    _active_collector = None
 
 #: The name under which transformers knows the split attention (``config._attn_implementation``).
 ATTENTION_NAME = "tsqp_ops"
@@ -53,8 +61,8 @@ class SplitAttention:
     and V.
     """
 
-    def __init__(self, client: GPUClient, layer: int, clock: Clock) -> None:
-        self.client, self.layer, self.clock = client, layer, clock
+    def __init__(self, client: GPUClient, layer: int, clock: Clock, tiling: Tiling) -> None:
+        self.client, self.layer, self.clock, self.tiling = client, layer, clock, tiling
         self.mirror = Mirror()
         self._cache_layer: Any = None
 
@@ -65,11 +73,20 @@ class SplitAttention:
         self.mirror.before_update(self._cache_layer)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        causal: bool,
+        want_probs: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``query`` ``[B, H, Q, D]`` over ``key``, ``value`` ``[B, Hkv, S, D]``.
 
-        Returns the output ``[B, Q, H, D]`` and the probabilities ``[B, H, Q, S]``, both in the query's dtype.
+        Returns the output ``[B, Q, H, D]`` and the probabilities ``[B, H, Q, S]``, both in the query's dtype. The
+        latter are None where they never were in one place and ``want_probs`` is False.
         """
         self.clock.attention_entered()
         key, value, mask = _visible(key, value, mask)
@@ -77,6 +94,19 @@ class SplitAttention:
         # softmax. So the scores have their final magnitude on the wire, and float16 does not overflow where
         # unscaled ones would.
         fraction, exponent = math.frexp(scale)
+        tile_bytes, tiles = self._tiles(query, key, mask, causal)
+        if len(tiles) > 1:
+            attention = TiledAttention(
+                self.client,
+                self.layer,
+                self.clock,
+                (query, key, value),
+                mask,
+                factor=2.0**exponent,
+                fraction=fraction,
+                causal=causal,
+            )
+            return self._in_tiles(attention, tiles, tile_bytes, want_probs)
         scores = self._scores(query * 2.0**exponent, key, value)
         begin = self.clock.now()
         probs = ops.causal_softmax(scores, mask, fraction, causal=causal, dtype=query.dtype)
@@ -85,6 +115,43 @@ class SplitAttention:
         out = self.client.attention_values(self.layer, probs)
         self.clock.remote_done(begin)
         return out.to(query.dtype).transpose(1, 2).contiguous(), probs
+
+    def _tiles(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[int, tuple[Tile, ...] | tuple[()]]:
+        """The tiles and the bytes they were cut by; none where it is not worth it."""
+        sizes = self.tiling.attention
+        (batch, heads, queries, dim), keys = query.shape, key.shape[2]
+        element_bytes = batch * heads * self.client.wire_itemsize
+        if queries == 1 or queries * keys * element_bytes <= sizes.smallest() or not (tile_bytes := sizes.choose()):
+            return 0, ()
+        limits = key_limits(queries, keys, None if mask is None else _hidden(mask), causal)
+        row_bytes = element_bytes * dim + 2 * element_bytes * dim * key.shape[1] // heads
+        return tile_bytes, row_tiles(limits, element_bytes, tile_bytes, row_bytes)
+
+    def _in_tiles(
+        self, attention: TiledAttention, tiles: tuple[Tile, ...], tile_bytes: int, want_probs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention, after which the server's K and V are its ``key`` and ``value``."""
+        begin = time.perf_counter_ns()
+        key, value = attention.key, attention.value
+        self._take_over()
+        change = self.mirror.change_to(key, value, attention.query.shape[2])
+        # Until all calls have succeeded nobody knows what the server holds.
+        self.mirror.forget()
+        try:
+            result = attention.run(tiles, change, want_probs)
+        except RemoteError as error:
+            if not change.keep or error.code != Status.BAD_REQUEST:
+                raise
+            # Its K and V were dropped meanwhile (GPUClient.drop_cache).
+            result = attention.run(tiles, Change(keep=0), want_probs)
+        held = attention.held
+        self.mirror.remember(key[:, :, :held], value[:, :, :held], self._cache_layer)
+        self._cache_layer = None
+        elements = sum((tile.stop - tile.first) * tile.keys for tile in tiles)
+        self.tiling.attention.note(tile_bytes, elements, time.perf_counter_ns() - begin)
+        return result
 
     def _scores(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Q·Kᵀ ``[B, H, Q, S]``, after the server's K and V were brought up to ``key`` and ``value``."""
@@ -144,7 +211,7 @@ def split_attention(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The function transformers calls; see ``transformers.AttentionInterface``.
 
     Raises :class:`~tsqp.errors.ModelError` for a module of no split model, in training, and for arguments
@@ -160,13 +227,58 @@ def split_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return split(query.detach(), key.detach(), value.detach(), attention_mask, scale=scale, causal=is_causal)
+    return split(
+        query.detach(),
+        key.detach(),
+        value.detach(),
+        attention_mask,
+        scale=scale,
+        causal=is_causal,
+        want_probs=_wants_probs(module, kwargs),
+    )
 
 
-def split_attention_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """transformers' eager mask (added to the scores; the dtype's lowest number hides), never skipped."""
+def _wants_probs(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody collects the probabilities (``output_attentions``)."""
+    if _active_collector is None or kwargs.get("output_attentions"):
+        return True
+    collected = _active_collector.get()
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False)) or (
+        collected is not None and "attentions" in collected
+    )
+
+
+def split_attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' eager mask (added to the scores; the dtype's lowest number hides).
+
+    None where that would hide just what :func:`split_attention` hides by itself without a mask.
+    """
     kwargs["allow_is_bidirectional_skip"] = False
+    if not args and _is_plain_causal(**kwargs):
+        return None
     return eager_mask(*args, **kwargs)
+
+
+def _is_plain_causal(
+    q_length: int = 0,
+    kv_length: int = -1,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
+    **_: Any,
+) -> bool:
+    """True where each query sees all keys up to its own, and the last query's is the last key.
+
+    ``allow_is_causal_skip`` is transformers' word that nothing but padding and a window deviates from that. Its own
+    rule for leaving a mask out is wider than this one: it fits an attention whose queries are the *first* positions.
+    """
+    if not allow_is_causal_skip or (local_size is not None and kv_length >= local_size):
+        return False
+    if kv_offset or int(q_offset) + q_length != kv_length:
+        return False
+    return attention_mask is None or (attention_mask.shape[-1] == kv_length and bool(attention_mask.all()))
 
 
 def _refuse_unsupported(module: nn.Module, key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -133,21 +133,23 @@ class GPUClient:
         keep: int | None = None,
         batch_index: Tensor | None = None,
         drop: int = 0,
+        keys: int | None = None,
     ) -> Tensor:
         """Unscaled attention scores Q·Kᵀ against every K of this layer the server holds: [B, H, Q, S].
 
         ``q`` is [B, H, Q, D]; ``k_new``, ``v_new`` [B, Hkv, N, D] are added to the server's K and V of the
         layer, which then have S positions. Before that, in this order: rows are gathered by ``batch_index``
         (int64 [B]), the ``drop`` first positions are dropped, all but the ``keep`` first of the rest are
-        dropped (``keep=0`` starts afresh, None keeps all).
+        dropped (``keep=0`` starts afresh, None keeps all). ``keys``: only the first so many of the S positions are
+        looked at, so that rows of a causal attention need not be computed where they are hidden.
 
         After a call of this layer that failed on the way (a timeout), how much the server holds is unknown:
         give ``keep`` in the next one, or :class:`ConfigError` is raised.
         """
-        return self._run(self._requests.attention_scores(layer_idx, q, k_new, v_new, keep, batch_index, drop))
+        return self._run(self._requests.attention_scores(layer_idx, q, k_new, v_new, keep, batch_index, drop, keys))
 
     def attention_values(self, layer_idx: int, probs: Tensor) -> Tensor:
-        """``probs`` [B, H, Q, S] times the V of this layer the server holds: [B, H, Q, D]."""
+        """``probs`` [B, H, Q, S] times the first S positions of the V of this layer the server holds: [B, H, Q, D]."""
         return self._run(self._requests.attention_values(layer_idx, probs))
 
     def drop_cache(self) -> None:
@@ -170,6 +172,16 @@ class GPUClient:
     def info(self) -> InitInfo | None:
         """What :meth:`init` returned, None before it was called."""
         return self._requests.info
+
+    @property
+    def wire_itemsize(self) -> int:
+        """Bytes of one element of an activation on the wire; asks for Init where that decides."""
+        return self._requests.wire().itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """The size up to which a message goes through one slot of the ring; 0 where there is no ring."""
+        return int(self._channel.threshold)
 
     @property
     def timeout(self) -> float | None:

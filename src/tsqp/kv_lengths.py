@@ -25,16 +25,26 @@ class Outcome(enum.Enum):
 
 class Change:
     """What one request does to the length of one layer: drop ``drop`` positions, keep ``keep`` of the rest
-    (None: all), append ``count``. ``lead`` are the dimensions of its scores before the last.
+    (None: all), append ``count``. ``lead`` are the dimensions of its scores before the last, ``keys`` is how many
+    positions those are for (None: all).
     """
 
-    __slots__ = ("_kv", "answered", "before", "broken", "count", "drop", "keep", "layer", "lead")
+    __slots__ = ("_kv", "answered", "before", "broken", "count", "drop", "keep", "keys", "layer", "lead")
 
-    def __init__(self, kv: KvLengths, layer: int, count: int, keep: int | None, drop: int, lead: Shape) -> None:
+    def __init__(
+        self,
+        kv: KvLengths,
+        layer: int,
+        count: int,
+        keep: int | None,
+        drop: int,
+        lead: Shape,
+        keys: int | None = None,
+    ) -> None:
         self._kv = kv
         self.layer = layer
         self.count, self.keep, self.drop = count, keep, drop
-        self.lead = lead
+        self.lead, self.keys = lead, keys
         self.before: int | None = 0
         self.answered = False
         #: An earlier request this one was built upon was refused.
@@ -45,7 +55,8 @@ class Change:
 
         Raises :class:`ConfigError` where the length before is unknown and matters.
         """
-        return ((*self.lead, self._kv.apply(self)),)
+        length = self._kv.apply(self)
+        return ((*self.lead, length if self.keys is None else self.keys),)
 
     def settle(self, outcome: Outcome) -> None:
         """To be told once what became of the request."""

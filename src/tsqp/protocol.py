@@ -13,11 +13,11 @@ BATCH_LINEAR        ``{"layer": int, "modules": [str]}``  h [.., in]            
                     (without ``layer``: full names)
 MATMUL              -                                     a, b as in torch.matmul     a @ b
 LM_HEAD             -                                     h [.., in]                  [.., vocab]
-ATTENTION_SCORES    ``{"layer": int, "keep": int,         q [B, H, Q, D],             [B, H, Q, S]
-                    "drop": int, "reorder": bool}``,      k, v [B, Hkv, N, D],
-                    all but ``layer`` optional            batch_index int64 [B]
-                                                          where ``reorder``
-ATTENTION_VALUES    ``{"layer": int}``                    probs [B, H, Q, S]          [B, H, Q, D]
+ATTENTION_SCORES    ``{"layer": int, "keep": int,         q [B, H, Q, D],             [B, H, Q, S], or
+                    "drop": int, "reorder": bool,         k, v [B, Hkv, N, D],        [B, H, Q, keys]
+                    "keys": int}``,                       batch_index int64 [B]
+                    all but ``layer`` optional            where ``reorder``
+ATTENTION_VALUES    ``{"layer": int}``                    probs [B, H, Q, up to S]    [B, H, Q, D]
 DROP_CACHE, PING    -                                     -                           -
 STATS               -                                     -                           - (numbers in meta)
 ==================  ====================================  ==========================  ====================

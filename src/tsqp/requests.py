@@ -62,6 +62,13 @@ class Requests:
                 self.info = info
             return self.info
 
+    def wire(self) -> torch.dtype:
+        """The dtype of activations on the wire."""
+        if self._wire is None:
+            self.init()
+        assert self._wire is not None
+        return self._wire
+
     def embedding(self, ids: Tensor, module: str | None) -> PendingCall[Tensor]:
         info, table = self.init(), self._modules()
         name = info.embedding if module is None else module
@@ -107,23 +114,26 @@ class Requests:
         keep: int | None,
         batch_index: Tensor | None,
         drop: int,
+        keys: int | None,
     ) -> PendingCall[Tensor]:
         layer = int(layer_idx)
         tensors = [self._outgoing(q), self._outgoing(k_new), self._outgoing(v_new)]
         site = self._sites.get(layer) or self._site(layer, Method.ATTENTION_SCORES, {"layer": layer})
         meta = None
-        if keep is not None or drop or batch_index is not None:
+        if keep is not None or drop or batch_index is not None or keys is not None:
             fields: dict[str, Any] = {"layer": layer}
             if keep is not None:
                 fields["keep"] = int(keep)
             if drop:
                 fields["drop"] = int(drop)
+            if keys is not None:
+                fields["keys"] = int(keys)
             if batch_index is not None:
                 fields["reorder"] = True
                 tensors.append(batch_index.detach().to(device="cpu", dtype=torch.int64))
             meta = msgpack.packb(fields)
         count = k_new.shape[-2] if k_new.dim() > 1 else 0
-        change = Change(self._kv, layer, count, keep, drop, tuple(q.shape[:-1]))
+        change = Change(self._kv, layer, count, keep, drop, tuple(q.shape[:-1]), keys)
         return PendingCall(site, tensors, None, self._wire, True, self._back(q), meta=meta, history=change)
 
     def attention_values(self, layer_idx: int, probs: Tensor) -> PendingCall[Tensor]:

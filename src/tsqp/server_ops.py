@@ -150,12 +150,13 @@ class Operators:
         return [self._out(torch.matmul(self._in(a), self._in(b)), wire)], None
 
     def attention_scores(self, session: Session, msg: Any) -> Reply:
-        """Updates the layer's K and V, then q [B, H, Q, D] to q·Kᵀ [B, H, Q, S], unscaled.
+        """Updates the layer's K and V, then q [B, H, Q, D] to q·Kᵀ [B, H, Q, S], unscaled; of the S positions only
+        the first ``keys``, where the meta says so.
 
         The H query heads share Hkv kv heads in groups of H/Hkv neighbours; K is not repeated, the group's
         queries are stacked along Q instead.
         """
-        layer, keep, drop, reorder = self._scores_meta(msg)
+        layer, keep, drop, reorder, keys = self._scores_meta(msg)
         q, k_new, v_new, *rest = _tensors(msg, 4 if reorder else 3)
         wire = _wire_dtype(q, k_new, v_new)
         self._check_heads(q, k_new, v_new)
@@ -163,18 +164,20 @@ class Operators:
         k, v = self._in(k_new), self._in(v_new)
         held = session.layer(layer)
         kept = keep if keep is not None else max((held.length if held else 0) - drop, 0)
-        self._check_reply(math.prod(q.shape[:3]) * (kept + k.shape[2]), wire, 4)
+        length = _checked_keys(keys, kept + k.shape[2])
+        self._check_reply(math.prod(q.shape[:3]) * length, wire, 4)
         cache = session.planned(layer, k, v, keep=keep, drop=drop, batch_index=index)
         batch, heads, queries, dim = q.shape
         kv_heads = session.geometry.kv_heads
         stacked = self._in(q).reshape(batch * kv_heads, heads // kv_heads * queries, dim)
-        scores = torch.bmm(stacked, cache.k.transpose(1, 2)).view(batch, heads, queries, cache.length)
+        held_k = cache.k if keys is None else cache.k.narrow(1, 0, keys)
+        scores = torch.bmm(stacked, held_k.transpose(1, 2)).view(batch, heads, queries, length)
         reply = [self._out(scores, wire)]
         session.commit(layer, cache)
         return reply, None
 
     def attention_values(self, session: Session, msg: Any) -> Reply:
-        """probs [B, H, Q, S] times the layer's V to [B, H, Q, D]."""
+        """probs [B, H, Q, S] times the first S positions of the layer's V to [B, H, Q, D]."""
         layer = self._target(session, msg, self._layer_target)
         (probs,) = _tensors(msg, 1)
         wire = _wire_dtype(probs)
@@ -183,17 +186,17 @@ class Operators:
             raise RemoteError(f"layer {layer} holds no V; send attention scores first", Status.BAD_REQUEST)
         geometry = session.geometry
         shape = tuple(probs.shape)
-        if len(shape) != 4 or (*shape[:2], shape[3]) != (cache.batch, geometry.heads, cache.length):
+        if len(shape) != 4 or shape[:2] != (cache.batch, geometry.heads) or shape[3] > cache.length:
             raise RemoteError(
                 f"attention weights of layer {layer} have shape {list(shape)}, "
-                f"expected [{cache.batch}, {geometry.heads}, queries, {cache.length}]",
+                f"expected [{cache.batch}, {geometry.heads}, queries, up to {cache.length}]",
                 Status.BAD_SHAPE,
             )
         batch, heads, queries, length = shape
         self._check_reply(batch * heads * queries * geometry.head_dim, wire, 4)
         kv_heads = geometry.kv_heads
         stacked = self._in(probs).reshape(batch * kv_heads, heads // kv_heads * queries, length)
-        values = torch.bmm(stacked, cache.v).view(batch, heads, queries, geometry.head_dim)
+        values = torch.bmm(stacked, cache.v.narrow(1, 0, length)).view(batch, heads, queries, geometry.head_dim)
         return [self._out(values, wire)], None
 
     def drop_cache(self, session: Session, msg: Any) -> Reply:
@@ -263,16 +266,14 @@ class Operators:
             raise RemoteError(str(error), Status.UNKNOWN_MODULE) from None
         return layer  # type: ignore[return-value]
 
-    def _scores_meta(self, msg: Any) -> tuple[int, int | None, int, bool]:
+    def _scores_meta(self, msg: Any) -> tuple[int, int | None, int, bool, int | None]:
         # Not remembered by its bytes: "keep" grows with every token.
         meta = _meta(msg)
         layer = self._layer_target(meta)
-        keep, drop = meta.get("keep"), meta.get("drop", 0)
-        if keep is not None and (type(keep) is not int or keep < 0):
-            raise RemoteError(f"meta 'keep' is {shown(keep)}, expected a number of positions", Status.BAD_REQUEST)
-        if type(drop) is not int or drop < 0:
-            raise RemoteError(f"meta 'drop' is {shown(drop)}, expected a number of positions", Status.BAD_REQUEST)
-        return layer, keep, drop, meta.get("reorder") is True
+        keep, drop, keys = (_positions(meta, name) for name in ("keep", "drop", "keys"))
+        if drop is None and "drop" in meta:
+            raise RemoteError("meta 'drop' is None, expected a number of positions", Status.BAD_REQUEST)
+        return layer, keep, drop or 0, meta.get("reorder") is True, keys
 
     # --- checks and conversions ----------------------------------------------------------------------------
 
@@ -402,6 +403,23 @@ def _wire_dtype(first: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
         if other.dtype is not wire:
             raise RemoteError(f"tensors of one request are {wire} and {other.dtype}; send one dtype", Status.BAD_DTYPE)
     return wire
+
+
+def _positions(meta: dict[str, Any], name: str) -> int | None:
+    """A number of positions from a meta, which need not have one."""
+    number = meta.get(name)
+    if number is not None and (type(number) is not int or number < 0):
+        raise RemoteError(f"meta {name!r} is {shown(number)}, expected a number of positions", Status.BAD_REQUEST)
+    return number
+
+
+def _checked_keys(keys: int | None, length: int) -> int:
+    """How many positions scores are for, of a layer that will hold ``length``."""
+    if keys is None:
+        return length
+    if not 1 <= keys <= length:
+        raise RemoteError(f"meta 'keys' is {shown(keys)} but the layer holds {length} positions", Status.BAD_REQUEST)
+    return keys
 
 
 def _meta(msg: Any) -> dict[str, Any]:

@@ -25,12 +25,14 @@ from .errors import ConfigError, ModelError
 from .instrument import instrument
 from .placement import EMBEDDING, LINEAR, LM_HEAD, Placement, get_placement
 from .remote import RemoteEmbedding, RemoteLinear, RemoteModule, SiblingGroup
+from .tiles import Tiling
 from .timing import Clock
 
 #: The attribute of a split model that holds its :class:`Attachment`.
 _ATTRIBUTE = "tsqp_attachment"
 _LAYER_NAME = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _CLIENT_OPTIONS = ("connect_timeout", "wait")
+_OPTIONS = ("attn_implementation", "tile_bytes", *_CLIENT_OPTIONS)
 
 
 def from_pretrained(
@@ -49,8 +51,9 @@ def from_pretrained(
     server. ``client`` is one to use (and to leave open), else one is connected to ``endpoint`` with
     ``wire_dtype`` and ``timeout`` seconds per call, and closed by ``model.close()``. ``dtype`` is what the
     runner computes in; ``auto`` is the server's. ``options``: ``attn_implementation`` (of a placement that
-    leaves attention in the runner), ``connect_timeout``, ``wait``. With placement ``local`` this is
-    ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
+    leaves attention in the runner), ``connect_timeout``, ``wait``, ``tile_bytes`` (long prompts are worked on in row
+    tiles of so many bytes, so that server and runner overlap; ``auto`` measures, 0 does without). With placement
+    ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
 
     Logits equal the stock model's to 1e-4 of the largest one in float32; a bfloat16 or float16 model is as
     far from the exact result as the stock model in that dtype, within a factor of two. A wire narrower than a
@@ -64,7 +67,7 @@ def from_pretrained(
     chosen = get_placement(placement)
     if not chosen.needs_server:
         return _local_model(path, dtype, chosen, options)
-    unknown = set(options) - {"attn_implementation", *_CLIENT_OPTIONS}
+    unknown = set(options) - set(_OPTIONS)
     if unknown:
         raise ConfigError(f"from_pretrained has no option {', '.join(sorted(unknown))}")
     if client is not None and (endpoint is not None or wire_dtype not in ("auto", client.wire_dtype)):
@@ -77,7 +80,8 @@ def from_pretrained(
         info = client.init()
         attention = options.get("attn_implementation") if chosen.attention == "runner" else None
         model = building.build_skeleton(path, info, building.resolve_dtype(dtype, info), attention)
-        _install(model, client, info, chosen, owns_client=owned, skeleton=True)
+        tiling = Tiling(options.get("tile_bytes", "auto"), client.slot_bytes)
+        _install(model, client, info, chosen, owns_client=owned, skeleton=True, tiling=tiling)
     except BaseException:
         if owned:
             client.close()
@@ -85,7 +89,9 @@ def from_pretrained(
     return model
 
 
-def attach(model: PreTrainedModel, client: GPUClient, placement: str | Placement = "ops") -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel, client: GPUClient, placement: str | Placement = "ops", tile_bytes: int | str = "auto"
+) -> PreTrainedModel:
     """Splits a loaded stock model in place; :func:`detach` (or ``model.close()``) gives it back as it was.
 
     The client's server has to serve the same model. The replaced modules, with their weights, are set aside,
@@ -95,7 +101,8 @@ def attach(model: PreTrainedModel, client: GPUClient, placement: str | Placement
     chosen = get_placement(placement)
     if not chosen.needs_server:
         raise ConfigError(f"placement {chosen.name!r} uses no server; use the model as it is")
-    return _install(model, client, client.init(), chosen, owns_client=False, skeleton=False)
+    tiling = Tiling(tile_bytes, client.slot_bytes)
+    return _install(model, client, client.init(), chosen, owns_client=False, skeleton=False, tiling=tiling)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -122,9 +129,10 @@ class Attachment:
         *,
         owns_client: bool,
         skeleton: bool,
+        tiling: Tiling,
     ) -> None:
         self.model, self.client, self.placement = model, client, placement
-        self.owns_client, self.skeleton = owns_client, skeleton
+        self.owns_client, self.skeleton, self.tiling = owns_client, skeleton, tiling
         self.clock = Clock(client.telemetry)
         self._undo: list[Callable[[], None]] = []
 
@@ -191,6 +199,7 @@ def _install(
     *,
     owns_client: bool,
     skeleton: bool,
+    tiling: Tiling,
 ) -> PreTrainedModel:
     """Makes all changes of a split, or none."""
     if _ATTRIBUTE in vars(model):
@@ -198,7 +207,7 @@ def _install(
     targets = dict(_targets(model, info, placement))
     building.refuse_unplaced(model, frozenset(targets))
     dtype = model.dtype
-    attachment = Attachment(model, client, placement, owns_client=owns_client, skeleton=skeleton)
+    attachment = Attachment(model, client, placement, owns_client=owns_client, skeleton=skeleton, tiling=tiling)
     try:
         _replace_modules(attachment, info, targets, dtype)
         if skeleton:
@@ -353,7 +362,7 @@ def _split_attention(attachment: Attachment, info: InitInfo) -> None:
         layer = getattr(module, "layer_idx", None)
         inner = any(hasattr(child, "layer_idx") for child in list(module.modules())[1:])
         if isinstance(layer, int) and 0 <= layer < info.geometry.layers and not inner:
-            split = SplitAttention(attachment.client, layer, attachment.clock)
+            split = SplitAttention(attachment.client, layer, attachment.clock, attachment.tiling)
             attachment.set_attribute(module, MODULE_ATTRIBUTE, split)
             attachment.hook(module.register_forward_pre_hook(split.before_forward, with_kwargs=True))
     attachment.choose_attention(ATTENTION_NAME)

@@ -79,12 +79,13 @@ class Submitter:
         keep: int | None = None,
         batch_index: Tensor | None = None,
         drop: int = 0,
+        keys: int | None = None,
     ) -> PendingCall[Tensor]:
         """See :meth:`GPUClient.attention_scores`. What the server holds is reckoned on the assumption that the
         requests in flight succeed; if one of a layer is refused, those of the layer that were built upon it
         raise :class:`RemoteError` too, and the next one has to give ``keep``.
         """
-        return self._send(self._requests.attention_scores(layer_idx, q, k_new, v_new, keep, batch_index, drop))
+        return self._send(self._requests.attention_scores(layer_idx, q, k_new, v_new, keep, batch_index, drop, keys))
 
     def attention_values(self, layer_idx: int, probs: Tensor) -> PendingCall[Tensor]:
         """See :meth:`GPUClient.attention_values`."""
