@@ -21,6 +21,7 @@ from .protocol import FLOAT_DTYPES
 from .requests import Requests
 from .submitting import Submitter
 from .telemetry import Telemetry, print_stats
+from .tracing import Recorder
 from .transport import connect
 
 #: Default bound on the requests in flight: enough to hide the way there and back, few enough to cancel.
@@ -226,6 +227,10 @@ class GPUClient:
             **self.telemetry.snapshot(),
             **self._channel.stats,
         }
+
+    def trace(self, recorder: Recorder | None) -> None:
+        """Writes down what this client and the models that use it do from now on, for a timeline; None ends that."""
+        self._flight.recorder = self.telemetry.recorder = recorder
 
     def print_stats(self) -> None:
         """Prints :attr:`stats` as tables."""

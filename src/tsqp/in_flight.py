@@ -17,6 +17,7 @@ from .awaiting import Loops
 from .errors import ClosedError, MessageError, PeerDiedError, ProtocolError, TsqpError, WaitTimeoutError
 from .kv_lengths import Outcome
 from .pending import DROPPED, OPEN, SETTLED, PendingCall
+from .tracing import Recorder
 from .waiter import Waiter
 
 T = TypeVar("T")
@@ -45,6 +46,8 @@ class InFlight:
         #: Seconds the client's calls may take; the client's own attribute.
         self.timeout = timeout
         self.round_trips = self.stale_replies = self.errors = self.busy_ns = 0
+        #: Where each call is written down; see ``GPUClient.trace``.
+        self.recorder: Recorder | None = None
         self.channel = channel
         self._send, self._recv = channel.send, channel.recv
         self._max_in_flight = max_in_flight
@@ -355,6 +358,9 @@ class InFlight:
                 queue_ns = min(queue_ns, spent_ns - compute_ns)
             times[2] += compute_ns
             times[3] += queue_ns
+            if self.recorder is not None:
+                now = time.perf_counter_ns()
+                self.recorder.call(site.method, now - spent_ns, now, compute_ns, queue_ns)
         if reply.status:
             self.errors += 1
         call.state = SETTLED

@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from .tracing import Recorder
+
 #: Operators with a time of their own: ``gpu_*`` run on the server, ``tee_*`` in the runner.
 OPERATORS = (
     "gpu_embedding",
@@ -76,9 +78,11 @@ class Telemetry:
     Who counts often asks for the row once, by :meth:`row` and :meth:`counter`, and adds to its ints.
     """
 
-    __slots__ = ("_calls", "_rows", "_started_ns")
+    __slots__ = ("_calls", "_rows", "_started_ns", "recorder")
 
     def __init__(self) -> None:
+        #: Where each span is written down, too; see ``GPUClient.trace``.
+        self.recorder: Recorder | None = None
         self._rows: dict[str, list[int]] = {name: [0, 0, 0, 0] for name in OPERATORS}
         self._calls: dict[str, list[int]] = {}
         self._started_ns = time.perf_counter_ns()

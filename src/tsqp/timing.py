@@ -33,6 +33,8 @@ class Clock:
         """Counts the time from ``begin_ns`` until now as ``operator``."""
         spent = time.perf_counter_ns() - begin_ns
         self._telemetry.add(operator, spent)
+        if self._telemetry.recorder is not None:
+            self._telemetry.recorder.span(operator, begin_ns, begin_ns + spent)
         self._spent_ns += spent
         self._aside_ns += spent
 
@@ -43,6 +45,8 @@ class Clock:
         now = time.perf_counter_ns()
         self._spent_ns += now - begin_ns
         self._projected_ns, self._aside_ns = now, 0
+        if self._telemetry.recorder is not None:
+            self._telemetry.recorder.span("remote", begin_ns, now)
 
     def attention_entered(self) -> None:
         """Counts the time since the last projection, norms aside, as ``tee_rotary``: what lies between is the
@@ -52,6 +56,8 @@ class Clock:
             now = time.perf_counter_ns()
             spent = now - self._projected_ns - self._aside_ns
             self._telemetry.add("tee_rotary", spent)
+            if self._telemetry.recorder is not None:
+                self._telemetry.recorder.span("tee_rotary", self._projected_ns, now)
             self._spent_ns += spent
             self._projected_ns = 0
 
@@ -62,8 +68,11 @@ class Clock:
     def forward_ended(self, *_: Any) -> None:
         """A forward hook: counts the rest of the forward's time as ``tee_other``."""
         if self._begin_ns:
-            rest = time.perf_counter_ns() - self._begin_ns - self._spent_ns
+            now = time.perf_counter_ns()
+            rest = now - self._begin_ns - self._spent_ns
             self._telemetry.add("tee_other", rest)
+            if self._telemetry.recorder is not None:
+                self._telemetry.recorder.span("forward", self._begin_ns, now)
             self._begin_ns = 0
 
     def timed(self, operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
