@@ -222,6 +222,42 @@ def test_narrow_models(dtype: torch.dtype) -> None:
     assert error <= 2 * stock_error
 
 
+# --- gated MLPs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["linear", "ops"])
+def test_gated_mlps(placement: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = tiled(served, placement=placement)
+    rows: list[int] = []
+    ask = split.tsqp_client.submit.linear
+    monkeypatch.setattr(split.tsqp_client.submit, "linear", lambda name, h: rows.append(len(h)) or ask(name, h))
+    for inputs in ({"input_ids": token_ids(3, 20)}, {"input_ids": token_ids(1, 1)}):
+        assert_same(logits(split, **inputs), logits(served.stock, **inputs), TOLERANCE)
+    # 2 x 80 features of 4 bytes are 640 bytes a row, 3 rows a tile; a single row is never cut.
+    assert rows == [3] * 20 * split.config.num_hidden_layers
+    split.close()
+
+
+def test_tiles_and_the_whole_are_timed(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself a model tries both for large inputs, and never cuts small ones."""
+    split = from_pretrained(endpoint=llama.server.endpoint, placement="linear")
+    size = split.tsqp_attachment.tiling.mlp
+    monkeypatch.setattr(size, "smallest", lambda: 1000)
+    monkeypatch.setattr(size, "_sizes", [0, 2000])
+    monkeypatch.setattr(size, "_seen", {0: 0, 2000: 0})
+    chosen = []
+    choose = size.choose
+    monkeypatch.setattr(size, "choose", lambda: chosen.append(choose()) or chosen[-1])
+    for _ in range(4):
+        ids = token_ids(1, 20)
+        assert_same(logits(split, input_ids=ids), logits(llama.stock, input_ids=ids), TOLERANCE)
+    assert chosen[:6] == [0, 2000] * 3
+    count = len(chosen)
+    logits(split, input_ids=token_ids(1, 1))
+    assert len(chosen) == count
+    split.close()
+
+
 # --- what goes wrong in the middle --------------------------------------------------------------------------
 
 
@@ -238,6 +274,24 @@ def test_a_limit_reached_in_a_later_tile_ends_that_forward_only() -> None:
         assert (client.stats["in_flight"], client.stale_replies) == (0, 0)
         ids = token_ids(1, 40)
         client.drop_cache()
+        assert_same(logits(split, input_ids=ids), logits(stock, input_ids=ids), TOLERANCE)
+        split.close()
+
+
+def test_a_refused_tile_of_an_mlp() -> None:
+    stock = make_model("llama")
+    with serving(stock) as server:
+        split = tiled(Served(stock, server), placement="linear")
+        client, ids = split.tsqp_client, token_ids(1, 40)
+        ask, count = client.submit.linear, iter(range(10**6))
+
+        def refused(name: str, h: Tensor) -> Any:
+            return ask(name, h[:, :-1] if next(count) == 3 else h)
+
+        client.submit.linear = refused
+        with pytest.raises(RemoteError, match=r"has shape \[3, 79\], expected \[.., 80\]"):
+            logits(split, input_ids=ids)
+        assert (client.errors, client.stats["in_flight"], client.stale_replies) == (1, 0, 0)
         assert_same(logits(split, input_ids=ids), logits(stock, input_ids=ids), TOLERANCE)
         split.close()
 

@@ -104,11 +104,12 @@ class GPUClient:
         """
         return self._run(self._requests.embedding(ids, module))
 
-    def batch_linear(self, layer_idx: int, names: Sequence[str], h: Tensor) -> list[Tensor]:
+    def batch_linear(self, layer_idx: int | None, names: Sequence[str], h: Tensor) -> list[Tensor]:
         """``h`` [.., in] through several linear modules of a layer in one round trip: one [.., out_i] each.
 
         ``names`` are relative to the layer (``self_attn.q_proj``), or their last word where the layer has one
-        such module (``q_proj``). Raises :class:`ConfigError` for a layer or module that does not exist.
+        such module (``q_proj``); without a layer (None) they are full names. Raises :class:`ConfigError` for a
+        layer or module that does not exist.
         """
         return self._run(self._requests.batch_linear(layer_idx, names, h))
 

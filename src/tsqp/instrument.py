@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .client import GPUClient
+from .tiled_mlp import GatedMlp
+from .tiles import Tiling
 from .timing import Clock
 
 #: Relative tolerance of the comparison on random numbers, by dtype: a few units in the last place.
@@ -27,6 +30,8 @@ class _Changes(Protocol):
     """Where changes are made reversibly; :class:`tsqp.split.Attachment`."""
 
     clock: Clock
+    client: GPUClient
+    tiling: Tiling
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None: ...
 
@@ -44,7 +49,8 @@ def instrument(model: nn.Module, changes: _Changes) -> None:
             changes.set_attribute(module, "forward", clock.timed("tee_rotary", module.forward))
         elif is_gated_mlp(module):
             gated = clock.timed("tee_silu", ops.silu_mul)
-            changes.set_attribute(module, "forward", partial(_gated_mlp, module, gated))
+            mlp = GatedMlp(module, gated, changes.client, clock, changes.tiling.mlp)
+            changes.set_attribute(module, "forward", mlp)
     changes.hook(model.register_forward_pre_hook(clock.forward_began))
     changes.hook(model.register_forward_hook(clock.forward_ended))
 
@@ -57,10 +63,6 @@ def _rms_norm(module: Any, x: Tensor) -> Tensor:
     result = ops.rms_norm(x, module.weight, module.variance_epsilon)
     assert isinstance(result, Tensor)
     return result
-
-
-def _gated_mlp(module: Any, gated: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
 
 
 def is_plain_rms_norm(module: Any) -> bool:

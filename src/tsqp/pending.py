@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .calls import Shapes, Site, check_tensors, remote_error
-from .errors import ProtocolError, RemoteError, TsqpError
+from .errors import ConfigError, ProtocolError, RemoteError, TsqpError
 from .kv_lengths import Outcome
 from .protocol import Status
 
@@ -36,6 +37,29 @@ class History(Protocol):
 
     def plan(self) -> Shapes: ...
     def settle(self, outcome: Outcome) -> None: ...
+
+
+@contextmanager
+def settle_all(timeout: float | None) -> Iterator[list[PendingCall[Any]]]:
+    """A list for calls made inside the block. Where that fails, none of them is left for somebody to wait for.
+
+    Where the server refused one it still answers the others: they are waited for, at most ``timeout`` seconds each,
+    and the first refusal is raised, whichever was seen first. After any other error they are cancelled.
+    """
+    calls: list[PendingCall[Any]] = []
+    try:
+        try:
+            yield calls
+        except (RemoteError, ConfigError) as error:
+            # Nothing can be built upon what was refused: to try that is a ConfigError.
+            refused = [fault for call in calls if isinstance(fault := call.exception(timeout), RemoteError)]
+            if refused and refused[0] is not error:
+                raise refused[0] from error
+            raise
+    except BaseException:
+        for call in calls:
+            call.cancel()
+        raise
 
 
 class PendingCall(Generic[T]):

@@ -53,7 +53,7 @@ class Submitter:
         """See :meth:`GPUClient.embedding`."""
         return self._send(self._requests.embedding(ids, module))
 
-    def batch_linear(self, layer_idx: int, names: Sequence[str], h: Tensor) -> PendingCall[list[Tensor]]:
+    def batch_linear(self, layer_idx: int | None, names: Sequence[str], h: Tensor) -> PendingCall[list[Tensor]]:
         """See :meth:`GPUClient.batch_linear`."""
         return self._send(self._requests.batch_linear(layer_idx, names, h))
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import ops
 from .client import GPUClient
-from .errors import ProtocolError, RemoteError
+from .errors import ProtocolError
 from .mirror import Change
-from .pending import PendingCall
+from .pending import PendingCall, settle_all
 from .tiles import Tile
 from .timing import Clock
 
@@ -49,7 +49,7 @@ class TiledAttention:
         self.client, self.layer, self.clock = client, layer, clock
         self.query, self.key, self.value = tensors
         self.mask, self.factor, self.fraction, self.causal = mask, factor, fraction, causal
-        self._calls: list[PendingCall[Tensor]] = []
+        self._calls: list[PendingCall[Any]] = []
         #: Positions the server holds once all that was sent is done.
         self.held = 0
 
@@ -59,16 +59,8 @@ class TiledAttention:
         ``change`` brings the server's K and V up to date. Whatever goes wrong, nothing is left in flight that
         somebody might wait for: a :class:`RemoteError` is raised when the server has answered all that was sent.
         """
-        try:
+        with settle_all(self.client.timeout) as self._calls:
             return self._run(tiles, change, want_probs)
-        except RemoteError:
-            for call in self._calls:
-                call.exception(self.client.timeout)
-            raise
-        except BaseException:
-            for call in self._calls:
-                call.cancel()
-            raise
 
     def _run(self, tiles: Sequence[Tile], change: Change, want_probs: bool) -> tuple[Tensor, Tensor | None]:
         batch, heads, queries, dim = self.query.shape

@@ -60,14 +60,15 @@ class TileSize:
     """How large the tiles of one kind of work are: a given number of bytes, or learnt from what each size costs.
 
     ``fixed``: bytes, 0 for no tiles at all, None to learn. ``slot_bytes``: the size of a slot, 0 where there is none.
-    ``whole``: work that need not be cut is also tried uncut.
+    ``whole``: work that need not be cut is also tried uncut, and in tiles larger than a slot: a matrix product of few
+    rows costs more per row on a CPU.
     """
 
     def __init__(self, fixed: int | None = None, slot_bytes: int = 0, *, whole: bool = False) -> None:
         largest = min(LARGEST_BYTES, slot_bytes - _HEAD_BYTES if slot_bytes else LARGEST_BYTES)
         self.fixed = fixed
         sizes = [size for size in (1 << 20, 2 << 20, 4 << 20) if size < largest] + [max(largest, _HEAD_BYTES)]
-        self._sizes = [0, *sizes] if whole else sizes
+        self._sizes = [0, sizes[-1], 2 * sizes[-1], 4 * sizes[-1]] if whole else sizes
         self._cost: dict[int, float] = {}
         self._seen = dict.fromkeys(self._sizes, 0)
         self._turn = 0
