@@ -19,7 +19,7 @@ from ._ring import Doorbell
 from .errors import TsqpError, WaitTimeoutError
 
 if TYPE_CHECKING:
-    from .transport import Channel
+    from .channel import Channel
 
 #: A wait looks at the peer this often.
 _SLICE_S = 0.5

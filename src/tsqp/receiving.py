@@ -11,7 +11,7 @@ from .errors import MessageError, MessageTooLargeError, PeerDiedError, ProtocolE
 from .links import Link
 
 if TYPE_CHECKING:
-    from .transport import Channel
+    from .channel import Channel
 
 #: A deadline that has passed: take what is there.
 NOW_NS = 0

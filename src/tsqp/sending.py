@@ -14,7 +14,7 @@ from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
 
 if TYPE_CHECKING:
-    from .transport import Channel
+    from .channel import Channel
 
 #: Header fields of one message: tag, flags, request_id, status, site, index, compute_ns, queue_ns.
 Fields = tuple[int, int, int, int, int, int, int, int]
