@@ -184,6 +184,12 @@ class EchoServer(threading.Thread):
         except ClosedError:
             channel.close()
 
+    def told_of(self, deaths: int) -> bool:
+        """True once so many clients were seen to die; raises what ended this thread before."""
+        if self.error is not None:
+            raise self.error
+        return len(self.deaths) == deaths
+
     def stop(self) -> None:
         self._stop_now.set()
         self._listener.interrupt()

@@ -175,7 +175,7 @@ def test_clients_of_a_busy_server_are_killed(way, endpoint, start_peer, shm_dire
             for victim in victims:
                 killed_at = kills.kill(victim, random.uniform(0, 0.02))
             deaths += AT_ONCE
-            until(lambda expected=deaths: len(echo.deaths) == expected, "the server is told of every death")
+            until(lambda expected=deaths: echo.told_of(expected), "the server is told of every death")
             told.append(echo.deaths[-1] - killed_at)
             assert not any(shm_directory.iterdir())
         spared.say("stop")
