@@ -156,6 +156,7 @@ class EchoServer(threading.Thread):
     def __init__(self, listener: Listener) -> None:
         super().__init__(name="echo-server")
         self._listener, self._stop_now = listener, threading.Event()
+        self.accepted = 0
         self.deaths: list[float] = []
         self.error: BaseException | None = None
         self.start()
@@ -164,7 +165,7 @@ class EchoServer(threading.Thread):
         try:
             while not self._stop_now.is_set():
                 while self._listener.accept_nowait() is not None:
-                    pass
+                    self.accepted += 1
                 for channel in self._listener.wait(0.05):
                     self._turn(channel)
         except BaseException as error:  # noqa: BLE001 (raised by stop)
