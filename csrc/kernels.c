@@ -20,7 +20,7 @@
 
 /* ---- instruction sets ---- */
 
-static const struct tsqp_kernel_set *sets[4];
+static const struct tsqp_kernel_set *sets[5];
 static size_t stream_bytes = CACHE_BYTES;
 
 static void find_sets(void) {
@@ -29,8 +29,11 @@ static void find_sets(void) {
     unsigned eax, ebx, ecx = 0, edx;
     bool fma = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_FMA);
     __builtin_cpu_init();
-    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wide && __builtin_cpu_supports("avx512bf16"))
+        sets[count++] = &tsqp_kernels_avx512bf16;
+    if (wide)
         sets[count++] = &tsqp_kernels_avx512;
     if (fma && __builtin_cpu_supports("avx2"))
         sets[count++] = &tsqp_kernels_avx2;

@@ -108,7 +108,7 @@ struct tsqp_move {
 };
 void tsqp_move(const struct tsqp_move *job);
 
-/* The instruction set in use: "AVX-512", "AVX2" or "portable". */
+/* The instruction set in use: "AVX-512 with bfloat16", "AVX-512", "AVX2" or "portable". */
 const char *tsqp_kernels_name(void);
 
 #endif

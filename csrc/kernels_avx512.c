@@ -1,10 +1,15 @@
-/* kernels_avx512.c: the operators on 16 elements at a time. */
+/* kernels_avx512.c: the operators on 16 elements at a time. kernels_avx512bf16.c includes it for machines
+ * that round to bfloat16 in one instruction. */
 #include "kernels_vec.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#ifdef TSQP_BF16
+#define SIMD __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
+#else
 #define SIMD __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#endif
 #define LANES 16
 typedef __m512 vf;
 
@@ -51,10 +56,27 @@ INLINE SIMD __m512i bfloat16_bits(vf x) {
     return _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
 }
 
+INLINE SIMD __m256i to_bfloat16(vf x) {
+#ifdef TSQP_BF16
+    /* The instruction takes denormal numbers, which are rare, for 0. */
+    if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
+        return (__m256i)_mm512_cvtneps_pbh(x);
+#endif
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_bits(x), 16));
+}
+
+INLINE SIMD vf from_bfloat16(__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
 INLINE SIMD vf vround(vf x, unsigned dtype) {
     if (dtype == TSQP_FLOAT32)
         return x;
+#ifdef TSQP_BF16
+    return from_bfloat16(to_bfloat16(x));
+#else
     return _mm512_castsi512_ps(_mm512_and_si512(bfloat16_bits(x), _mm512_set1_epi32((int)0xffff0000)));
+#endif
 }
 
 INLINE SIMD vf vget(const uint8_t *src, unsigned dtype, size_t n) {
@@ -62,7 +84,7 @@ INLINE SIMD vf vget(const uint8_t *src, unsigned dtype, size_t n) {
     if (dtype == TSQP_FLOAT32)
         return n == LANES ? _mm512_loadu_ps(src) : _mm512_maskz_loadu_ps(mask, src);
     __m256i half = n == LANES ? _mm256_loadu_si256((const void *)src) : _mm256_maskz_loadu_epi16(mask, src);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return from_bfloat16(half);
 }
 
 INLINE SIMD void vput(uint8_t *dst, unsigned dtype, vf x, size_t n, bool stream) {
@@ -76,7 +98,7 @@ INLINE SIMD void vput(uint8_t *dst, unsigned dtype, vf x, size_t n, bool stream)
             _mm512_storeu_ps(dst, x);
         return;
     }
-    __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_bits(x), 16));
+    __m256i half = to_bfloat16(x);
     if (n != LANES)
         _mm256_mask_storeu_epi16(dst, mask, half);
     else if (stream)
@@ -122,6 +144,10 @@ INLINE SIMD void vfence(void) {
 
 #include "kernels_softmax.h"
 
+#ifdef TSQP_BF16
+KERNEL_SET(avx512bf16, "AVX-512 with bfloat16")
+#else
 KERNEL_SET(avx512, "AVX-512")
+#endif
 
 #endif

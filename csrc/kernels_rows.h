@@ -156,25 +156,31 @@ static SIMD void rms_norm(const struct tsqp_rms_norm *job, size_t begin, size_t 
 
 /* ---- SiLU times gate ---- */
 
-INLINE SIMD void silu_mul_part(const struct tsqp_silu_mul *job, size_t at, unsigned dtype, size_t n,
-                               bool stream) {
-    const size_t offset = at * width_of(dtype);
-    vf gate = vget((const uint8_t *)job->gate + offset, dtype, n);
+INLINE SIMD void silu_mul_part(const uint8_t *gates, const uint8_t *ups, uint8_t *out, unsigned dtype,
+                               size_t n, bool stream) {
+    vf gate = vget(gates, dtype, n), up = vget(ups, dtype, n);
     /* sigmoid(x) = 1 / (1 + e^-x), or e^x / (1 + e^x) where x < 0: the divisor is in [1, 2]. */
     vf small = vexp_bounded(vminus_abs(gate)), sigmoid = vinverse(vadd(vset(1), small));
     sigmoid = vif_negative(gate, vmul(small, sigmoid), sigmoid);
     vf silu = vround(vmul(gate, sigmoid), dtype);
-    vf up = vget((const uint8_t *)job->up + offset, dtype, n);
-    vput((uint8_t *)job->out + offset, dtype, vmul(silu, up), n, stream);
+    vput(out, dtype, vmul(silu, up), n, stream);
 }
 
 INLINE SIMD void silu_mul_all(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream,
                               unsigned dtype) {
-    size_t i = begin;
-    for (; i + LANES <= end; i += LANES)
-        silu_mul_part(job, i, dtype, LANES, stream);
-    if (i < end)
-        silu_mul_part(job, i, dtype, end - i, false);
+    const size_t width = width_of(dtype), step = LANES * width, nbytes = (end - begin) * width;
+    const uint8_t *gate = (const uint8_t *)job->gate + begin * width;
+    const uint8_t *up = (const uint8_t *)job->up + begin * width;
+    uint8_t *out = (uint8_t *)job->out + begin * width;
+    size_t i = 0;
+    for (; i + 2 * step <= nbytes; i += 2 * step) { /* two chains of dependent steps side by side */
+        silu_mul_part(gate + i, up + i, out + i, dtype, LANES, stream);
+        silu_mul_part(gate + i + step, up + i + step, out + i + step, dtype, LANES, stream);
+    }
+    for (; i + step <= nbytes; i += step)
+        silu_mul_part(gate + i, up + i, out + i, dtype, LANES, stream);
+    if (i < nbytes)
+        silu_mul_part(gate + i, up + i, out + i, dtype, (nbytes - i) / width, false);
 }
 
 static SIMD void silu_mul(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream) {

@@ -24,7 +24,7 @@ const struct tsqp_kernel_set *tsqp_kernel_set(size_t index);
 
 extern const struct tsqp_kernel_set tsqp_kernels_each;
 #if defined(__x86_64__)
-extern const struct tsqp_kernel_set tsqp_kernels_avx2, tsqp_kernels_avx512;
+extern const struct tsqp_kernel_set tsqp_kernels_avx2, tsqp_kernels_avx512, tsqp_kernels_avx512bf16;
 #endif
 
 /* Where a row of several strided dimensions lies, row after row; offsets in elements. */

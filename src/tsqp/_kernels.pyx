@@ -345,7 +345,7 @@ def stop_threads():
 
 
 def instruction_set():
-    """What the kernels were chosen for on this machine: ``AVX-512``, ``AVX2`` or ``portable``."""
+    """What the kernels were chosen for on this machine: ``AVX-512 with bfloat16``, ``AVX-512``, ``AVX2`` or ``portable``."""
     return tsqp_kernels_name().decode()
 
 

@@ -10,12 +10,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* The child of a_child_starts_its_own has threads, which ThreadSanitizer takes for a mistake. */
-const char *__tsan_default_options(void);
-const char *__tsan_default_options(void) {
-    return "die_after_fork=0";
-}
-
 #define COUNT 5000
 #define CALLERS 4
 
@@ -126,7 +120,7 @@ static void work_within_work_is_done_alone(void) {
     free(marks);
 }
 
-static void a_child_starts_its_own(void) {
+__attribute__((unused)) static void a_child_starts_its_own(void) {
     tsqp_threads_set(3);
     struct marks marks = {0};
     tsqp_parallel(mark, &marks, COUNT, 10, 3);
@@ -158,7 +152,9 @@ int main(void) {
     RUN(setting_is_bounded);
     RUN(callers_do_not_disturb_each_other);
     RUN(work_within_work_is_done_alone);
+#ifndef __SANITIZE_THREAD__ /* which loses count of threads that a forked child starts */
     RUN(a_child_starts_its_own);
+#endif
     tsqp_threads_stop();
     return check_result();
 }
