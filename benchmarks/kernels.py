@@ -1,0 +1,273 @@
+"""The trusted operators against stock torch eager and against what memory allows, in one run.
+
+    python -m benchmarks.kernels --threads 1 --threads 2
+
+Each operator, the formula as transformers' eager code runs it, and a plain copy in C of the same streams (as many
+arrays read and written, of the same size, with the same threads; the faster of ordinary stores and stores past the
+caches) take turns, so that noise hits all alike. Both operators make new results, as eager code does; "reused" writes
+into a tensor that is there, as the copies do, and the faster of both is held against them. Shares of the bandwidth
+count the bytes that must move: the causal softmax reads only the scores it may see.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: see the tuning notes in README
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from tsqp import _kernels, ops
+
+from . import machine
+from .bars import Bar
+from .bars import table as bar_table
+from .report import Samples, figure
+from .setting import in_turn, no_garbage_collection, random_tensor, timed_calls
+
+DTYPES = (torch.float32, torch.bfloat16)
+TIMES_TORCH, OF_BANDWIDTH = 2.0, 0.7
+Call = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """One operator at one shape: ways to run it, the bytes that must move, and the streams of a copy like it."""
+
+    name: str
+    shape: str
+    dtype: torch.dtype
+    ours: Call
+    reused: Call
+    torch: Call
+    read_bytes: int
+    write_bytes: int
+    sources: int
+    array_bytes: int
+
+
+def _values(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    count = torch.Size(shape).numel()
+    return random_tensor(4 * count, seed).view(shape).to(dtype)
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def rms_norm(dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> Case:
+    x, norm = _values(dtype, rows, cols), LlamaRMSNorm(cols).to(dtype)
+    out, size = torch.empty_like(x), _size(x)
+    return Case(
+        "RMSNorm",
+        f"{rows}x{cols}",
+        dtype,
+        lambda: ops.rms_norm(x, norm.weight, norm.variance_epsilon),
+        lambda: ops.rms_norm(x, norm.weight, norm.variance_epsilon, out=out),
+        lambda: norm(x),
+        size,
+        size,
+        1,
+        size,
+    )
+
+
+def residual_norm(dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> Case:
+    x, residual, norm = _values(dtype, rows, cols), _values(dtype, rows, cols, seed=1), LlamaRMSNorm(cols).to(dtype)
+    out, total, size = torch.empty_like(x), torch.empty_like(x), _size(x)
+    return Case(
+        "residual + RMSNorm",
+        f"{rows}x{cols}",
+        dtype,
+        lambda: ops.rms_norm(x, norm.weight, norm.variance_epsilon, residual),
+        lambda: ops.rms_norm(x, norm.weight, norm.variance_epsilon, residual=residual, out=out, total=total),
+        lambda: norm(x + residual),
+        2 * size,
+        2 * size,
+        1,
+        2 * size,
+    )
+
+
+def silu_mul(dtype: torch.dtype, rows: int = 1024, cols: int = 8192) -> Case:
+    gate, up = _values(dtype, rows, cols), _values(dtype, rows, cols, seed=1)
+    out, size, silu = torch.empty_like(gate), _size(gate), torch.nn.SiLU()
+    return Case(
+        "SiLU·gate",
+        f"{rows}x{cols}",
+        dtype,
+        lambda: ops.silu_mul(gate, up),
+        lambda: ops.silu_mul(gate, up, out=out),
+        lambda: silu(gate) * up,
+        2 * size,
+        size,
+        2,
+        size,
+    )
+
+
+def rotary(dtype: torch.dtype, positions: int = 1024, heads: int = 32, dim: int = 64) -> Case:
+    q, k = (_values(dtype, 1, positions, count, dim).transpose(1, 2) for count in (heads, heads // 4))
+    cos, sin = (_values(dtype, 1, positions, dim, seed=seed).clamp(-1, 1) for seed in (1, 2))
+    out, size = (torch.empty_like(q), torch.empty_like(k)), _size(q, k)
+    return Case(
+        "rotary",
+        f"{heads}+{heads // 4} heads x{positions}x{dim}",
+        dtype,
+        lambda: ops.apply_rotary(q, k, cos, sin),
+        lambda: ops.apply_rotary(q, k, cos, sin, out=out),
+        lambda: apply_rotary_pos_emb(q, k, cos, sin),
+        size,
+        size,
+        1,
+        size,
+    )
+
+
+def softmax(dtype: torch.dtype, causal: bool, heads: int = 32, queries: int = 1024, keys: int = 1024) -> Case:
+    """`causal`: no mask, by position; else with the mask that transformers makes."""
+    scores, out, scale = (
+        _values(dtype, 1, heads, queries, keys),
+        torch.empty(1, heads, queries, keys, dtype=dtype),
+        0.125,
+    )
+    mask = torch.full((1, 1, queries, keys), torch.finfo(dtype).min, dtype=dtype).triu(keys - queries + 1)
+    given, size = (None if causal else mask), _size(scores)
+    visible = (keys - queries + (queries + 1) / 2) / keys if causal else 1.0
+    return Case(
+        "causal softmax" if causal else "masked softmax",
+        f"{heads}x{queries}x{keys}",
+        dtype,
+        lambda: ops.causal_softmax(scores, given, scale),
+        lambda: ops.causal_softmax(scores, given, scale, out=out),
+        lambda: torch.nn.functional.softmax(scores * scale + mask, dim=-1, dtype=torch.float32).to(dtype),
+        int(size * visible),
+        size,
+        1,
+        size,
+    )
+
+
+def _copies(case: Case) -> dict[str, Call]:
+    count = case.array_bytes // 4
+    sources, target = [torch.ones(count) for _ in range(case.sources)], torch.ones(count)
+    return {
+        "copy": lambda: _kernels.move(sources, target, False),
+        "copy past the caches": lambda: _kernels.move(sources, target, True),
+    }
+
+
+def measure(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
+    """The fastest and the median µs of each way. What is shared with other processes only ever adds time."""
+    ways = {"ours": case.ours, "reused": case.reused, "torch": case.torch, **_copies(case)}
+    samples: dict[str, Samples] = {name: Samples() for name in ways}
+    for call in ways.values():
+        call()
+    with no_garbage_collection(), torch.inference_mode():
+        for name in in_turn(list(ways), rounds):
+            timed_calls(ways[name], seconds / rounds, samples[name].ns)
+    best = {name: min(found.ns) / 1000 for name, found in samples.items()}
+    copy_us = min(best["copy"], best["copy past the caches"])
+    copied = case.array_bytes * (case.sources + 1)
+    limit_us = copy_us * (case.read_bytes + case.write_bytes) / copied
+    return {
+        "operator": case.name,
+        "shape": case.shape,
+        "dtype": str(case.dtype)[6:],
+        "best_us": {name: round(value, 3) for name, value in best.items()},
+        "median_us": {name: round(found.median_us, 3) for name, found in samples.items()},
+        "limit_us": round(limit_us, 3),
+        "gb_per_s": round(copied / copy_us / 1000, 2),
+        "times_torch": best["torch"] / best["ours"],
+        "of_bandwidth": limit_us / min(best["ours"], best["reused"]),
+    }
+
+
+def decode_cases(dtype: torch.dtype) -> list[Case]:
+    return [
+        rms_norm(dtype, 1),
+        residual_norm(dtype, 1),
+        silu_mul(dtype, 1),
+        rotary(dtype, 1),
+        softmax(dtype, True, queries=1),
+    ]
+
+
+def prefill_cases(dtype: torch.dtype) -> list[Callable[[], Case]]:
+    return [
+        lambda: rms_norm(dtype),
+        lambda: residual_norm(dtype),
+        lambda: silu_mul(dtype),
+        lambda: rotary(dtype),
+        lambda: softmax(dtype, True),
+        lambda: softmax(dtype, False),
+    ]
+
+
+def bars(cells: Sequence[dict[str, Any]], threads: int) -> list[Bar]:
+    found = []
+    for cell in cells:
+        text = f"{cell['operator']} {cell['shape']} {cell['dtype']}, {threads} threads"
+        found.append(Bar(f"{text}: times torch eager", TIMES_TORCH, cell["times_torch"], at_most=False))
+        found.append(Bar(f"{text}: of the bandwidth limit", OF_BANDWIDTH, cell["of_bandwidth"], at_most=False))
+    return found
+
+
+def cell_table(cells: Sequence[dict[str, Any]], title: str, bandwidth: bool) -> Table:
+    shown = Table(title=title, title_justify="left")
+    columns = ["operator", "shape", "dtype", "ours µs", "reused µs", "torch µs", "times"]
+    for column in columns + (["limit µs", "GB/s", "of limit"] if bandwidth else []):
+        shown.add_column(column, justify="left" if column in columns[:3] else "right")
+    for cell in cells:
+        best = cell["best_us"]
+        values = [best["ours"], best["reused"], best["torch"], cell["times_torch"]]
+        if bandwidth:
+            values += [cell["limit_us"], cell["gb_per_s"], cell["of_bandwidth"]]
+        shown.add_row(cell["operator"], cell["shape"], cell["dtype"], *map(figure, values))
+    return shown
+
+
+def run(threads: int, seconds: float, rounds: int, console: Console) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    ops.set_threads(threads)
+    prefill, decode = [], []
+    for dtype in DTYPES:
+        for make in prefill_cases(dtype):
+            prefill.append(measure(make(), seconds, rounds))
+        for case in decode_cases(dtype):
+            decode.append(measure(case, seconds / 4, rounds))
+    console.print(cell_table(prefill, f"Prefill, {threads} threads: fastest calls", bandwidth=True))
+    console.print(cell_table(decode, f"Decode, {threads} threads: fastest calls", bandwidth=False))
+    promised = bars(prefill, threads)
+    console.print(bar_table(promised))
+    return {"threads": threads, "prefill": prefill, "decode": decode, "bars": [bar.as_json() for bar in promised]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, action="append", help="threads of both sides (default: 1, then 2)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each way of each operator (default 0.5)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5)")
+    parser.add_argument("--json", type=Path, default=Path("results/kernels.json"), help="where the figures go")
+    options = parser.parse_args()
+    console = Console()
+    console.print(f"{machine.cpu_model()}, kernels for {_kernels.instruction_set()}, torch {torch.__version__}")
+    runs = [run(threads, options.seconds, options.rounds, console) for threads in options.threads or [1, 2]]
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    result = {**machine.describe(), "instruction_set": _kernels.instruction_set(), "runs": runs}
+    options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
