@@ -24,7 +24,7 @@ EMBED = {"module": "model.embed_tokens", "dtype": "float32"}
 # tag, tensors, meta, status, words of the sentence
 BAD_REQUESTS = {
     "method 0": (0, [], None, Status.UNKNOWN_METHOD, "method 0 is unknown"),
-    "method reserved": (16, [H], None, Status.UNKNOWN_METHOD, "method 16 is unknown"),
+    "method reserved": (19, [H], None, Status.UNKNOWN_METHOD, "method 19 is unknown"),
     "method huge": (2**32 - 1, [], None, Status.UNKNOWN_METHOD, "is unknown"),
     "meta no msgpack": (Method.BATCH_LINEAR, [H], b"\xc1\xc1", Status.BAD_REQUEST, "meta"),
     "meta no mapping": (Method.BATCH_LINEAR, [H], msgpack.packb([1, 2]), Status.BAD_REQUEST, "meta"),

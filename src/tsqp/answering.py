@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from .errors import (
     WaitTimeoutError,
 )
 from .protocol import MAX_ERROR_CHARS, METHOD_NAMES, METHOD_OPERATORS, Method, Status
-from .server_ops import LinearTarget, Operators
+from .server_ops import LinearTarget, Operators, Reply
 from .sessions import Session
 from .telemetry import Telemetry, sum_transfers
 
@@ -45,13 +45,20 @@ _NAMES = {int(method): name for method, name in METHOD_NAMES.items()}
 class Answering:
     """Takes, computes and answers the requests of all sessions; one thread's."""
 
-    def __init__(self, operators: Operators, telemetry: Telemetry, batching: bool, cuda: CudaWork | None) -> None:
+    def __init__(
+        self,
+        operators: Operators,
+        handlers: Mapping[int, Callable[[Session, Any], Reply]],
+        telemetry: Telemetry,
+        batching: bool,
+        cuda: CudaWork | None,
+    ) -> None:
         self.sessions: dict[Any, Session] = {}
         self.errors = self.busy_ns = self.joined = 0
         self._operators = operators
         self._telemetry = telemetry
         #: By tag: what answers a request, and the telemetry's rows of the method and of its operator.
-        self._methods = {tag: (handler, *self._rows(tag)) for tag, handler in operators.handlers.items()}
+        self._methods = {tag: (handler, *self._rows(tag)) for tag, handler in handlers.items()}
         self._batching = batching
         self._cuda = cuda
         self._learner = JoinLearner()

@@ -15,9 +15,10 @@ from torch import Tensor
 from . import config
 from .calls import Protection
 from .errors import ConfigError
+from .fused_requests import FusedRequests, KvSequence
 from .in_flight import InFlight
 from .model_info import InitInfo
-from .protocol import FLOAT_DTYPES
+from .protocol import FLOAT_DTYPES, Method
 from .requests import Requests
 from .submitting import Submitter
 from .telemetry import Telemetry, print_stats
@@ -84,9 +85,12 @@ class GPUClient:
         self._channel = connect(self.endpoint, timeout=connect_timeout, shm=shm, large=large, wait=wait)
         self._flight = InFlight(self._channel, max_in_flight, timeout)
         self._requests = Requests(self.telemetry, self._flight.ask, wire, protection)
-        self._run = self._flight.ask
+        #: Sends a request made by hand and returns its result.
+        self.ask = self._run = self._flight.ask
+        #: The requests of the fused operators, and what is kept on the server for them.
+        self.fused = FusedRequests(self._requests)
         #: The calls that do not wait, see :class:`Submitter`.
-        self.submit = Submitter(self._requests, self._flight)
+        self.submit = Submitter(self._requests, self._flight, self.fused)
 
     # --- calls ---------------------------------------------------------------------------------------------
 
@@ -154,8 +158,40 @@ class GPUClient:
         """``probs`` [B, H, Q, S] times the first S positions of the V of this layer the server holds: [B, H, Q, D]."""
         return self._run(self._requests.attention_values(layer_idx, probs))
 
+    def fused_mlp(self, layer_idx: int, h: Tensor) -> Tensor:
+        """``h`` [B, N, hidden] through the whole MLP of a layer (experts and all) in one round trip: [B, N, hidden]."""
+        return self._run(self.fused.mlp(layer_idx, h))
+
+    def fused_attention(self, layer_idx: int, h: Tensor, **options: Any) -> Tensor:
+        """``h`` [B, N, hidden] through the whole attention of a layer, output projection included: [B, N, hidden].
+
+        ``options`` (see :meth:`FusedRequests.call`): ``position_embeddings``, the cosine and the sine
+        [1 or B, N, D]; ``mask``, True where a query sees a key, or added to the scores, [1 or B, 1 or H, N, S], None:
+        causal; ``position_ids`` int64 [1 or B, N] for families that use them; or ``reuse=True`` for those of the last
+        call with this ``slot``. ``sequence`` (of :meth:`new_sequence`) is where K and V are kept, without it the N
+        positions see only each other; ``new=True`` in the first call of a layer. Before the new positions are
+        appended to the S - N earlier ones, rows are gathered by ``batch_index`` (int64 [B]), the ``drop`` first
+        positions dropped and all but the ``keep`` first of the rest (None keeps all); ``source`` is a sequence to
+        build upon that itself stays as it is.
+
+        Raises :class:`RemoteError`: with ``Status.LIMIT`` where this client's K and V would take more than the
+        server's ``kv_limit_bytes``. A refused call changes nothing.
+        """
+        return self._run(self.fused.call(Method.FUSED_ATTENTION, layer_idx, h, **options))
+
+    def fused_layer(self, layer_idx: int, h: Tensor, **options: Any) -> Tensor:
+        """``h`` [B, N, hidden] through a whole decoder layer, norms and residuals included: [B, N, hidden].
+
+        ``options`` and errors are those of :meth:`fused_attention`.
+        """
+        return self._run(self.fused.call(Method.FUSED_LAYER, layer_idx, h, **options))
+
+    def new_sequence(self) -> KvSequence:
+        """A place on the server for the K and V of one cache; given back when the object is garbage."""
+        return self.fused.new_sequence()
+
     def drop_cache(self) -> None:
-        """Makes the server forget the K and V of this connection."""
+        """Makes the server forget the K and V of this connection, of all sequences."""
         self._run(self._requests.drop_cache())
 
     def ping(self) -> float:

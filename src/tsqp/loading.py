@@ -18,6 +18,7 @@ from torch import nn
 
 from . import model_info
 from .errors import ConfigError, ModelError, ModelNotFoundError, UnplacedParameterError
+from .layout import FusedLayout, find_layout, fused_names
 from .model_info import InitInfo
 from .protocol import FLOAT_DTYPES, FLOAT_NAMES, PROTECTION_LINE, AttentionGeometry, ModuleInfo
 
@@ -72,6 +73,9 @@ class ServedModel:
         if not self.modules:
             raise ModelError("the model has no linear or embedding module; there is nothing to serve")
         self.dtype = _model_dtype(model)
+        self.layout: FusedLayout = find_layout(model, device)
+        #: The modules a fused operator runs whole, by full name.
+        self.fused: dict[str, nn.Module] = {name: model.get_submodule(name) for name in fused_names(self.layout)}
         self.info = _init_info(model, self)
         self.table = self.info.table()
         self.geometry = self.info.geometry
@@ -189,6 +193,7 @@ def _init_info(model: Any, served: ServedModel) -> InitInfo:
         tied=head is not None and embedding is not None and head.weight is embedding.weight,
         geometry=_geometry(model.config),
         server=_about_server(served.device),
+        fused=served.layout,
     )
 
 
@@ -201,11 +206,16 @@ def _geometry(config: Any) -> AttentionGeometry:
 
 
 def _trusted_state(model: nn.Module, served: ServedModel) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers no served module owns, on the CPU; refused unless they are small."""
+    """Parameters and persistent buffers no served module owns, on the CPU; refused unless they are small.
+
+    Of a layer that can be run whole only vectors go: a runner that computes with its matrices (experts) itself
+    there is not.
+    """
+    layers = tuple(f"{module.name}." for module in served.layout.layers)
     state = {
         name: tensor.detach().cpu()
         for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[0] not in served.modules
+        if name.rpartition(".")[0] not in served.modules and not (name.startswith(layers) and _is_matrix(tensor))
     }
     total = sum(tensor.nbytes for tensor in state.values())
     if total > model_info.MAX_TRUSTED_BYTES:
@@ -218,6 +228,10 @@ def _trusted_state(model: nn.Module, served: ServedModel) -> dict[str, torch.Ten
     if odd:
         raise ModelError(f"parameters {', '.join(odd[:4])} have a dtype that has no code on the wire")
     return state
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    return sum(size > 1 for size in tensor.shape) >= 2
 
 
 def _about_server(device: torch.device) -> dict[str, str]:

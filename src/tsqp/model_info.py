@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import ProtocolError
+from .layout import ATTENTION_IMPLEMENTATIONS, NOT_FUSED, FusedLayout, FusedModule
 from .protocol import FLOAT_DTYPES, MAX_RANK, AttentionGeometry, ModuleInfo, ModuleTable
 
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -53,7 +54,7 @@ class InitInfo:
     ``modules`` maps the full names of the modules that may be called to :class:`ModuleInfo`; ``embedding``
     and ``lm_head`` are the names of the model's own input and output embedding ("" where it has none).
     ``tied``: these two share their weight. ``server``: versions, device and protection line of the server,
-    each a string.
+    each a string. ``fused``: what the server can run whole.
     """
 
     config: dict[str, Any]
@@ -66,6 +67,7 @@ class InitInfo:
     tied: bool
     geometry: AttentionGeometry
     server: dict[str, str]
+    fused: FusedLayout = NOT_FUSED
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -102,6 +104,7 @@ def pack(info: InitInfo) -> list[torch.Tensor]:
             info.geometry.head_dim,
         ],
         "server": info.server,
+        "fused": _pack_fused(info.fused),
     }
     text = bytearray(json.dumps(document).encode())
     return [torch.frombuffer(text, dtype=torch.uint8), *(torch.cat(parts) for parts in by_dtype.values())]
@@ -139,6 +142,7 @@ def unpack(tensors: Sequence[torch.Tensor]) -> InitInfo:
         tied=bool(reader.value("tied", bool)),
         geometry=geometry,
         server=server,
+        fused=_unpack_fused(_Reader(reader.dict("fused")), geometry.layers),
     )
 
 
@@ -200,6 +204,38 @@ def _unpack_geometry(row: list[Any]) -> AttentionGeometry:
     if heads % kv_heads:
         raise ProtocolError(f"the server's model has {heads} heads, not a multiple of its {kv_heads} kv heads")
     return AttentionGeometry(layers, heads, kv_heads, head_dim)
+
+
+def _pack_fused(fused: FusedLayout) -> dict[str, Any]:
+    groups = {"layers": fused.layers, "attention": fused.attention, "mlp": fused.mlp}
+    return {
+        "hidden": fused.hidden,
+        "implementation": fused.attention_implementation,
+        "why": fused.why[:_MAX_NAME_CHARS],
+        **{key: [[module.name, module.returns] for module in modules] for key, modules in groups.items()},
+    }
+
+
+def _unpack_fused(reader: _Reader, layers: int) -> FusedLayout:
+    groups = []
+    for key in ("layers", "attention", "mlp"):
+        rows = reader.list(key)
+        if len(rows) not in (0, layers):
+            raise ProtocolError(f"the server's Init document has {len(rows)} fused {key} of {layers} layers")
+        groups.append(tuple(map(_unpack_fused_module, rows)))
+    hidden, implementation = reader.value("hidden", int), reader.text("implementation")
+    if groups[0]:
+        _count(hidden, _MAX_FEATURES, "a hidden size")
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ProtocolError("the server's Init document names an attention implementation that is none")
+    whole, attention, mlp = groups
+    return FusedLayout(hidden, implementation, whole, attention, mlp, reader.text("why"))
+
+
+def _unpack_fused_module(row: object) -> FusedModule:
+    if type(row) is not list or len(row) != 2 or type(row[1]) is not int or not 0 <= row[1] <= MAX_RANK:
+        raise ProtocolError("the server's Init document describes a fused module wrongly")
+    return FusedModule(_name(row[0]), row[1])
 
 
 def _unpack_modules(rows: dict[str, Any]) -> dict[str, ModuleInfo]:

@@ -18,6 +18,9 @@ ATTENTION_SCORES    ``{"layer": int, "keep": int,         q [B, H, Q, D],       
                     "keys": int}``,                       batch_index int64 [B]
                     all but ``layer`` optional            where ``reorder``
 ATTENTION_VALUES    ``{"layer": int}``                    probs [B, H, Q, up to S]    [B, H, Q, D]
+FUSED_ATTENTION,    ``{"layer": int, "slot": int, ...}``  h [B, N, hidden], more      [B, N, hidden]
+FUSED_LAYER         see ``fused_requests``                (see ``fused_requests``)
+FUSED_MLP           ``{"layer": int}``                    h [B, N, hidden]            [B, N, hidden]
 DROP_CACHE, PING    -                                     -                           -
 STATS               -                                     -                           - (numbers in meta)
 ==================  ====================================  ==========================  ====================
@@ -40,7 +43,7 @@ from .errors import ConfigError
 
 
 class Method(enum.IntEnum):
-    """What a request asks for; the tag of its message. 16 and above are kept for fused operators."""
+    """What a request asks for; the tag of its message. 16 and above are the fused operators."""
 
     INIT = 1
     EMBEDDING = 2
@@ -52,6 +55,9 @@ class Method(enum.IntEnum):
     PING = 8
     STATS = 9
     DROP_CACHE = 10
+    FUSED_ATTENTION = 16
+    FUSED_MLP = 17
+    FUSED_LAYER = 18
 
 
 class Status(enum.IntEnum):
@@ -81,6 +87,9 @@ METHOD_NAMES = {
     Method.PING: "Ping",
     Method.STATS: "Stats",
     Method.DROP_CACHE: "DropCache",
+    Method.FUSED_ATTENTION: "FusedAttention",
+    Method.FUSED_MLP: "FusedMLP",
+    Method.FUSED_LAYER: "FusedLayer",
 }
 #: The operator (see ``telemetry``) whose time a method counts as.
 METHOD_OPERATORS = {
@@ -90,6 +99,9 @@ METHOD_OPERATORS = {
     Method.LM_HEAD: "gpu_lm_head",
     Method.ATTENTION_SCORES: "gpu_matmul",
     Method.ATTENTION_VALUES: "gpu_matmul",
+    Method.FUSED_ATTENTION: "gpu_fused_attention",
+    Method.FUSED_MLP: "gpu_fused_mlp",
+    Method.FUSED_LAYER: "gpu_fused_layer",
 }
 #: The dtypes activations may have on the wire, and a served model may have.
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -204,6 +204,9 @@ class Requests:
                 site = self._sites[key] = Site(len(self._sites) + 1, method, meta, outs, self._telemetry)
             return site
 
+    # For the requests of the fused operators, which are made elsewhere.
+    outgoing, back, site = _outgoing, _back, _site
+
     def _linear_site(self, layer: int | None, names: tuple[str, ...]) -> Site:
         table = self._modules()
         number = None if layer is None else int(layer)

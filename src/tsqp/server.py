@@ -28,6 +28,7 @@ from .protocol import (
     MAX_REPLY_BYTES,
     PROTECTION_LINE,
 )
+from .server_fused import FusedOperators
 from .server_ops import Operators
 from .serving import make_default_directory, stop_signals
 from .sessions import Session
@@ -95,9 +96,10 @@ class GPUServer:
         self._kv_limit_bytes = kv_limit_bytes
         self._served = load_model(model_or_path, device, dtype, progress)
         self._operators = Operators(self._served, reply_limit_bytes)
+        handlers = self._operators.handlers | FusedOperators(self._served, self._operators).handlers
         self.telemetry = Telemetry()
         cuda = CudaWork(self._served.device) if self._served.device.type == "cuda" else None
-        self._answering = Answering(self._operators, self.telemetry, batching, cuda)
+        self._answering = Answering(self._operators, handlers, self.telemetry, batching, cuda)
         self._clients_seen = 0
         self._listener: Any = None
         self._thread: threading.Thread | None = None

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from .errors import ConfigError
+from .fused_requests import FusedRequests
 from .in_flight import InFlight
 from .pending import PendingCall
+from .protocol import Method
 from .requests import Requests
 
 T = TypeVar("T")
@@ -28,8 +30,9 @@ class Submitter:
     method returns. The first call of a client asks for Init, and waits for that.
     """
 
-    def __init__(self, requests: Requests, flight: InFlight) -> None:
+    def __init__(self, requests: Requests, flight: InFlight, fused: FusedRequests) -> None:
         self._requests = requests
+        self._fused = fused
         self._flight = flight
 
     async def room(self) -> None:
@@ -90,6 +93,18 @@ class Submitter:
     def attention_values(self, layer_idx: int, probs: Tensor) -> PendingCall[Tensor]:
         """See :meth:`GPUClient.attention_values`."""
         return self._send(self._requests.attention_values(layer_idx, probs))
+
+    def fused_mlp(self, layer_idx: int, h: Tensor) -> PendingCall[Tensor]:
+        """See :meth:`GPUClient.fused_mlp`."""
+        return self._send(self._fused.mlp(layer_idx, h))
+
+    def fused_attention(self, layer_idx: int, h: Tensor, **options: Any) -> PendingCall[Tensor]:
+        """See :meth:`GPUClient.fused_attention`."""
+        return self._send(self._fused.call(Method.FUSED_ATTENTION, layer_idx, h, **options))
+
+    def fused_layer(self, layer_idx: int, h: Tensor, **options: Any) -> PendingCall[Tensor]:
+        """See :meth:`GPUClient.fused_layer`."""
+        return self._send(self._fused.call(Method.FUSED_LAYER, layer_idx, h, **options))
 
     def drop_cache(self) -> PendingCall[None]:
         """See :meth:`GPUClient.drop_cache`."""
