@@ -35,7 +35,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import tsqp
 
 SEED = 20240607
-PLACEMENTS = ("linear", "ops")
+PLACEMENTS = ("linear", "ops", "fused", "layer")
 COLUMNS = ("placement", "phase", "stock ms", "split ms", "ratio", "trips", "ring MB", "zmq MB", "Δ logits")
 
 

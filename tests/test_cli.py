@@ -242,7 +242,7 @@ def test_generate_is_the_same_in_every_placement(server: Served, capsys: pytest.
     arguments = ("generate", "--prompt", PROMPT, "--max-new-tokens", "12", "--dtype", "float32")
     texts = {
         p: tsqp_here(capsys, *arguments, "--placement", p, "--endpoint", server.endpoint)
-        for p in ("local", "linear", "ops")
+        for p in ("local", "linear", "ops", "fused", "layer")
     }
     assert all(outcome.code == 0 for outcome in texts.values()), texts
     assert len({outcome.out for outcome in texts.values()}) == 1, texts
@@ -283,7 +283,10 @@ def test_statistics_of_the_runner(server: Served, capsys: pytest.CaptureFixture[
     assert "gpu_linear" not in outcome.out
 
 
-@pytest.mark.parametrize(("placement", "trips"), [("ops", 6 * 5 + 2), ("linear", 4 * 5 + 2), ("local", 0)])
+@pytest.mark.parametrize(
+    ("placement", "trips"),
+    [("ops", 6 * 5 + 2), ("linear", 4 * 5 + 2), ("fused", 2 * 5 + 2), ("layer", 5 + 2), ("local", 0)],
+)
 def test_prefill(server: Served, placement: str, trips: int, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--tokens", "40", "--repeat", "3", "--placement", placement, "--endpoint", server.endpoint)
     outcome = tsqp_here(capsys, "prefill", *arguments)

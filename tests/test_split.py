@@ -51,11 +51,11 @@ def client(endpoint: str) -> Iterator[GPUClient]:
 
 def test_placements_count_their_round_trips() -> None:
     trips = {name: placement.round_trips(16) for name, placement in PLACEMENTS.items()}
-    assert trips == {"local": 0, "linear": 66, "ops": 98}
+    assert trips == {"local": 0, "linear": 66, "ops": 98, "fused": 34, "layer": 18}
 
 
 def test_an_unknown_placement_is_refused_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"'gpu'.*local, linear, ops"):
+    with pytest.raises(ConfigError, match=r"'gpu'.*local, linear, ops, fused, layer"):
         get_placement("gpu")
 
 
@@ -80,7 +80,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("placement", REMOTE)
+@pytest.mark.parametrize("placement", [*REMOTE, "fused", "layer"])
 def test_detach_gives_the_model_back_as_it_was(
     placement: str, attention: str, stock: PreTrainedModel, client: GPUClient
 ) -> None:

@@ -189,8 +189,9 @@ def refuse_unusable(model: nn.Module) -> None:
         )
 
 
-def refuse_unplaced(model: nn.Module, remote: frozenset[str]) -> None:
-    """Refuses a model with weight matrices outside the modules named in ``remote``.
+def refuse_unplaced(model: nn.Module, remote: frozenset[str], inside: tuple[str, ...] = ()) -> None:
+    """Refuses a model with weight matrices outside the modules named in ``remote``, and not below a name of
+    ``inside``.
 
     A matrix (two dimensions or more, such as the experts' of a mixture) is work for the server that no
     placement knows how to give it; vectors are the runner's. Raises
@@ -199,12 +200,14 @@ def refuse_unplaced(model: nn.Module, remote: frozenset[str]) -> None:
     names = [
         name
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in remote and sum(size > 1 for size in parameter.shape) >= 2
+        if name.rpartition(".")[0] not in remote
+        and not name.startswith(inside)
+        and sum(size > 1 for size in parameter.shape) >= 2
     ]
     if names:
         raise UnplacedParameterError(
             f"{type(model).__name__} has weights that no placement puts on the server: {_listed(names)}; "
-            "run it with placement 'local'"
+            "run it with placement 'layer', or 'local'"
         )
 
 

@@ -12,6 +12,8 @@ from .errors import ConfigError
 
 #: Kinds of modules that can live on the server.
 EMBEDDING, LINEAR, LM_HEAD = "embedding", "linear", "lm_head"
+#: Kinds of modules that the server can run whole, with everything inside them.
+FUSED_ATTENTION, FUSED_MLP, FUSED_LAYER = "fused_attention", "fused_mlp", "fused_layer"
 
 #: Linears of one parent module that are fed the same tensor, by the names decoder families give them.
 #: The members that exist, and have the same input width, share one round trip.
@@ -23,10 +25,10 @@ class Placement:
     """Where the operators of a decoder run.
 
     ``remote`` holds the kinds of modules that are on the server. ``attention`` is ``"runner"`` (transformers'
-    own attention in the runner) or ``"server"`` (Q·Kᵀ and A·V on the server, softmax in the runner). A
-    forward of L layers takes ``trips_per_layer * L + trips_per_forward`` round trips in a decoder with
-    separate q, k, v and gate, up projections; one round trip is a request message and its reply, whatever the
-    number of tensors.
+    own attention in the runner), ``"server"`` (Q·Kᵀ and A·V on the server, softmax in the runner) or ``"fused"``
+    (all of it on the server, which keeps K and V). A forward of L layers takes
+    ``trips_per_layer * L + trips_per_forward`` round trips in a decoder with separate q, k, v and gate, up
+    projections; one round trip is a request message and its reply, whatever the number of tensors.
     """
 
     name: str
@@ -62,6 +64,22 @@ PLACEMENTS: dict[str, Placement] = {
             _HEAVY,
             "server",
             6,
+            2,
+        ),
+        Placement(
+            "fused",
+            "whole attention and MLP of each layer on the server; norms and residuals in the runner",
+            _HEAVY | {FUSED_ATTENTION, FUSED_MLP},
+            "fused",
+            2,
+            2,
+        ),
+        Placement(
+            "layer",
+            "whole layers on the server; final norm and sampling in the runner",
+            _HEAVY | {FUSED_LAYER},
+            "fused",
+            1,
             2,
         ),
     )

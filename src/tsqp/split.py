@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import building
+from . import building, fused
 from .attention import ATTENTION_NAME, MODULE_ATTRIBUTE, SplitAttention
 from .client import GPUClient, InitInfo
 from .errors import ConfigError, ModelError
@@ -155,6 +155,30 @@ class Attachment:
         """Remembers a hook's handle."""
         self._undo.append(handle.remove)
 
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Remembers something to be done when all is taken back."""
+        self._undo.append(action)
+
+    def hollow(self, module: nn.Module, forward: Callable[..., Any], refuse: Callable[..., Any]) -> None:
+        """Replaces a module's ``forward`` and takes away what is in it.
+
+        Where that has no weights to compute with, ``refuse`` stays as its ``forward`` when all is taken back.
+        """
+        before = {name: dict(getattr(module, name)) for name in ("_modules", "_parameters", "_buffers")}
+        for name in before:
+            getattr(module, name).clear()
+        vars(module)["forward"] = forward
+
+        def fill() -> None:
+            if self.skeleton:
+                vars(module)["forward"] = refuse
+                return
+            vars(module).pop("forward", None)
+            for name, content in before.items():
+                getattr(module, name).update(content)
+
+        self._undo.append(fill)
+
     def choose_attention(self, name: str) -> None:
         """Sets the attention implementation of the model's config and of the configs inside it."""
         for module in self.model.modules():
@@ -204,12 +228,16 @@ def _install(
     """Makes all changes of a split, or none."""
     if _ATTRIBUTE in vars(model):
         raise ModelError(f"this {type(model).__name__} is attached to a server already; detach it first")
-    targets = dict(_targets(model, info, placement))
-    building.refuse_unplaced(model, frozenset(targets))
+    whole = fused.modules_of(model, info.fused, placement)
+    inside = tuple(f"{module.name}." for modules in whole.values() for module in modules)
+    targets = dict(_targets(model, info, placement, inside))
+    building.refuse_unplaced(model, frozenset(targets), inside)
     dtype = model.dtype
     attachment = Attachment(model, client, placement, owns_client=owns_client, skeleton=skeleton, tiling=tiling)
     try:
         _replace_modules(attachment, info, targets, dtype)
+        if whole:
+            fused.install(attachment, info.fused, whole)
         if skeleton:
             building.fill_trusted(model, info.trusted)
             building.remake_computed(model)
@@ -249,8 +277,13 @@ def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
 # --- which modules go, and where to -------------------------------------------------------------------------
 
 
-def _targets(model: PreTrainedModel, info: InitInfo, placement: Placement) -> Iterator[tuple[str, str]]:
-    """Full name and kind of every module to replace, each checked against what the server serves."""
+def _targets(
+    model: PreTrainedModel, info: InitInfo, placement: Placement, inside: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """Full name and kind of every module to replace, each checked against what the server serves.
+
+    Those ``inside`` of a module the server runs whole are checked only.
+    """
     head = model.get_output_embeddings()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding):
@@ -271,7 +304,8 @@ def _targets(model: PreTrainedModel, info: InitInfo, placement: Placement) -> It
                 f"the server does not serve this model: {name} is {_shown(sizes)} here and "
                 f"{'missing' if found is None else _shown(found)} there"
             )
-        yield name, kind
+        if not name.startswith(inside):
+            yield name, kind
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
