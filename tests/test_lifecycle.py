@@ -29,7 +29,7 @@ from rpc_support import HEAD_DIM, KV_HEADS, LAYERS, server_of, serving, tiny_mod
 import tsqp
 from tsqp import ShmRingBuffer
 from tsqp import handshake as hs
-from tsqp.errors import PeerDiedError, RingUsageError
+from tsqp.errors import ClosedError, PeerDiedError, RingUsageError
 
 OPTIONS = CARRIERS["ring"].listen_options
 StartPeer = Callable[..., Peer]
@@ -324,3 +324,30 @@ def test_an_idle_server_process_frees_the_memory_too(endpoint, start_peer, runne
     within_a_second(lambda: mapped_segments(server.pid) == before, killed_at)
     server.say("stop")
     assert server.join() == 0
+
+
+@pytest.fixture
+def small_collections() -> Iterator[None]:
+    """The garbage collector looks at what is made from here on only."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("small_collections")
+def test_connections_dropped_in_a_cycle_are_given_back(endpoint):
+    """In whatever order the garbage collector takes what belongs to them."""
+    with tsqp.listen(endpoint, max_chunk_bytes=1 << 16, max_chunks=2) as listener:
+        before = len(os.listdir("/proc/self/fd"))
+        for number in range(20):
+            cycle = [tsqp.connect(endpoint, PATIENCE_S)]
+            cycle.append(cycle)
+            with listener.accept(PATIENCE_S) as server:
+                cycle[0].send([torch.full((3,), number)])
+                assert server.recv(PATIENCE_S).tensors[0].tolist() == [number] * 3
+                del cycle
+                gc.collect()
+                with pytest.raises((PeerDiedError, ClosedError)):
+                    server.recv(PATIENCE_S)
+        assert len(os.listdir("/proc/self/fd")) <= before + 4  # those of the last connection's end may still go

@@ -11,6 +11,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -103,6 +104,11 @@ class ClientLink:
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self._descriptors = (int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD)), self._wake_r)
+        # Dropped without a close, perhaps in a cycle: the garbage collector may finalise the context before its
+        # sockets, and pyzmq's context would then wait for them for ever.
+        abandoned = (self._pid, self._context, self._socket, self._monitor, (self._wake_r, self._wake_w))
+        self._finalizer = weakref.finalize(self, _give_back, *abandoned)
+        self._finalizer.atexit = False  # what is open then is closed as it should be
         self._socket.connect(endpoint)
 
     def say(self, kind: int, body: bytes) -> None:
@@ -243,6 +249,7 @@ class ClientLink:
         with self._lock:
             if self._closed:
                 return
+            self._finalizer.detach()
             nobody = self.dead() or not self._connected  # to hear a goodbye
             self._closed = True
             self._wake()
@@ -256,6 +263,18 @@ class ClientLink:
             os.close(self._wake_r)
             os.close(self._wake_w)
         self._context.term()
+
+
+def _give_back(pid: int, context: zmq.Context, socket: zmq.Socket, monitor: zmq.Socket, pipe: tuple[int, int]) -> None:
+    """Ends a connection whose link is no more."""
+    if os.getpid() != pid:
+        return
+    socket.disable_monitor()
+    monitor.close(0)
+    socket.close(0)
+    for descriptor in pipe:
+        os.close(descriptor)
+    context.term()
 
 
 class ServerLink:
