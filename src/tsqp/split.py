@@ -32,7 +32,7 @@ from .timing import Clock
 _ATTRIBUTE = "tsqp_attachment"
 _LAYER_NAME = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _CLIENT_OPTIONS = ("connect_timeout", "wait")
-_OPTIONS = ("attn_implementation", "tile_bytes", *_CLIENT_OPTIONS)
+_OPTIONS = ("attn_implementation", "tile_bytes", "mlp_tile_bytes", *_CLIENT_OPTIONS)
 
 
 def from_pretrained(
@@ -51,8 +51,9 @@ def from_pretrained(
     server. ``client`` is one to use (and to leave open), else one is connected to ``endpoint`` with
     ``wire_dtype`` and ``timeout`` seconds per call, and closed by ``model.close()``. ``dtype`` is what the
     runner computes in; ``auto`` is the server's. ``options``: ``attn_implementation`` (of a placement that
-    leaves attention in the runner), ``connect_timeout``, ``wait``, ``tile_bytes`` (long prompts are worked on in row
-    tiles of so many bytes, so that server and runner overlap; ``auto`` measures, 0 does without). With placement
+    leaves attention in the runner), ``connect_timeout``, ``wait``, ``tile_bytes`` and ``mlp_tile_bytes`` (the
+    attention of ``ops``, and gated MLPs, are worked on in row tiles of so many bytes where a prompt is long, so that
+    server and runner overlap; ``auto`` measures, 0 does without). With placement
     ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
 
     Logits equal the stock model's to 1e-4 of the largest one in float32; a bfloat16 or float16 model is as
@@ -80,7 +81,8 @@ def from_pretrained(
         info = client.init()
         attention = options.get("attn_implementation") if chosen.attention == "runner" else None
         model = building.build_skeleton(path, info, building.resolve_dtype(dtype, info), attention)
-        tiling = Tiling(options.get("tile_bytes", "auto"), client.slot_bytes)
+        sizes = {name: options[name] for name in ("tile_bytes", "mlp_tile_bytes") if name in options}
+        tiling = Tiling(**sizes, slot_bytes=client.slot_bytes)
         _install(model, client, info, chosen, owns_client=owned, skeleton=True, tiling=tiling)
     except BaseException:
         if owned:
@@ -90,7 +92,11 @@ def from_pretrained(
 
 
 def attach(
-    model: PreTrainedModel, client: GPUClient, placement: str | Placement = "ops", tile_bytes: int | str = "auto"
+    model: PreTrainedModel,
+    client: GPUClient,
+    placement: str | Placement = "ops",
+    tile_bytes: int | str = "auto",
+    mlp_tile_bytes: int | str = "auto",
 ) -> PreTrainedModel:
     """Splits a loaded stock model in place; :func:`detach` (or ``model.close()``) gives it back as it was.
 
@@ -101,7 +107,7 @@ def attach(
     chosen = get_placement(placement)
     if not chosen.needs_server:
         raise ConfigError(f"placement {chosen.name!r} uses no server; use the model as it is")
-    tiling = Tiling(tile_bytes, client.slot_bytes)
+    tiling = Tiling(tile_bytes, mlp_tile_bytes, client.slot_bytes)
     return _install(model, client, client.init(), chosen, owns_client=False, skeleton=False, tiling=tiling)
 
 

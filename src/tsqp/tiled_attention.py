@@ -68,6 +68,8 @@ class TiledAttention:
         probs = self.query.new_zeros(batch, heads, queries, self.key.shape[2]) if want_probs else None
         scores: deque[PendingCall[Tensor]] = deque()
         values: deque[tuple[Tile, PendingCall[Tensor]]] = deque()
+        largest = max((tile.stop - tile.first) * tile.keys for tile in tiles)
+        scratch = self.query.new_empty(batch * heads * largest)
         waiting = iter(tiles)
         for number, tile in enumerate(tiles):
             begin = self.clock.now()
@@ -76,7 +78,7 @@ class TiledAttention:
             found = scores.popleft().result(self.client.timeout)
             self._check(found, tile)
             self.clock.remote_done(begin)
-            weights = self._softmax(found, tile)
+            weights = self._softmax(found, tile, scratch)
             if probs is not None:
                 probs[:, :, tile.first : tile.stop, : tile.keys] = weights
             begin = self.clock.now()
@@ -118,13 +120,15 @@ class TiledAttention:
         if scores.shape[-1] != tile.keys:
             raise ProtocolError(f"the server's scores of layer {self.layer} do not cover the keys sent to it")
 
-    def _softmax(self, scores: Tensor, tile: Tile) -> Tensor:
+    def _softmax(self, scores: Tensor, tile: Tile, scratch: Tensor) -> Tensor:
         begin = self.clock.now()
+        # What is submitted may be changed afterwards: every tile's weights lie in the same memory.
+        out = scratch[: scores.numel()].view(scores.shape)
         mask = self.mask
         if mask is not None:
             rows = slice(tile.first, tile.stop) if mask.shape[-2] > 1 else slice(None)
             mask = mask[..., rows, : tile.keys]
-        weights = ops.causal_softmax(scores, mask, self.fraction, causal=self.causal, dtype=self.query.dtype)
+        weights = ops.causal_softmax(scores, mask, self.fraction, causal=self.causal, out=out)
         self.clock.add("tee_softmax", begin)
         return weights
 

@@ -7,6 +7,7 @@ costs, so it is learnt from the time work took in tiles of each size (:class:`Ti
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ _HEAD_BYTES = 8192
 #: makes things slower, nothing makes them faster than they are.
 _FASTER, _SLOWER = 0.5, 0.1
 #: Observations of each size before the best one is used; the first, which warms up, does not count.
-_TRIALS = 3
-#: Of so many pieces of work one is done in tiles of another size, unless that was this many times slower.
-_EXPLORE_EVERY, _HOPELESS = 32, 1.2
+_TRIALS = 2
+#: Of so many pieces of work one is done in tiles of another size; a size that was this many times slower is only tried
+#: every so many such times.
+_EXPLORE_EVERY, _HOPELESS, _HOPELESS_EVERY = 32, 1.2, 8
 
 
 class Tile(NamedTuple):
@@ -68,7 +70,8 @@ class TileSize:
         largest = min(LARGEST_BYTES, slot_bytes - _HEAD_BYTES if slot_bytes else LARGEST_BYTES)
         self.fixed = fixed
         sizes = [size for size in (1 << 20, 2 << 20, 4 << 20) if size < largest] + [max(largest, _HEAD_BYTES)]
-        self._sizes = [0, sizes[-1], 2 * sizes[-1], 4 * sizes[-1]] if whole else sizes
+        self._sizes = [0, 2 * sizes[-1], sizes[-1]] if whole else sizes
+        self._whole = whole
         self._cost: dict[int, float] = {}
         self._seen = dict.fromkeys(self._sizes, 0)
         self._turn = 0
@@ -81,14 +84,19 @@ class TileSize:
         """Bytes of a tile for the next piece of work; 0 leaves it whole."""
         if self.fixed is not None:
             return self.fixed
-        untried = min(self._sizes, key=self._seen.__getitem__)
-        if self._seen[untried] < _TRIALS:
-            return untried
         best = self.best()
+        for before, size in zip([best, *self._sizes], self._sizes):  # noqa: B905 - the last has no successor
+            # Where larger tiles lose to none at all, smaller ones lose more: they need not be tried.
+            if self._whole and self._cost.get(before, 0) > _HOPELESS * self._cost.get(best, math.inf):
+                self._cost.setdefault(size, math.inf)
+            elif self._seen[size] < _TRIALS:
+                return size
         self._turn += 1
         if self._turn % _EXPLORE_EVERY == 0:
-            other = self._sizes[self._turn // _EXPLORE_EVERY % len(self._sizes)]
-            if self._cost[other] <= _HOPELESS * self._cost[best]:
+            times = self._turn // _EXPLORE_EVERY
+            other = self._sizes[times % len(self._sizes)]
+            again = times // len(self._sizes) % _HOPELESS_EVERY == _HOPELESS_EVERY - 1
+            if again or self._cost[other] <= _HOPELESS * self._cost[best]:
                 return other
         return best
 
@@ -103,18 +111,26 @@ class TileSize:
         self._seen[tile_bytes] += 1
         seen = spent_ns / elements
         before = self._cost.get(tile_bytes)
-        if self._seen[tile_bytes] <= 2 or before is None:
+        if before is None or self._seen[tile_bytes] <= 2 or math.isinf(before):
             self._cost[tile_bytes] = seen  # the first observation warms up and is forgotten
         else:
             self._cost[tile_bytes] = before + (_FASTER if seen < before else _SLOWER) * (seen - before)
 
 
 class Tiling:
-    """The tile sizes of one split model: of its attention and of its gated MLPs."""
+    """The tile sizes of one split model: of its attention and of its gated MLPs.
 
-    def __init__(self, tile_bytes: int | str = "auto", slot_bytes: int = 0) -> None:
-        fixed = None if tile_bytes == "auto" else tile_bytes
-        if fixed is not None and (isinstance(fixed, (str, bool)) or fixed < 0):
-            raise ConfigError(f"tile_bytes={tile_bytes!r} is neither 'auto' nor a number of bytes; give one of them")
-        self.attention = TileSize(fixed, slot_bytes)
-        self.mlp = TileSize(fixed, slot_bytes, whole=True)
+    Each is ``auto`` or a number of bytes, 0 for no tiles. Raises :class:`ConfigError` for anything else.
+    """
+
+    def __init__(self, tile_bytes: object = "auto", mlp_tile_bytes: object = "auto", slot_bytes: int = 0) -> None:
+        self.attention = TileSize(_fixed("tile_bytes", tile_bytes), slot_bytes)
+        self.mlp = TileSize(_fixed("mlp_tile_bytes", mlp_tile_bytes), slot_bytes, whole=True)
+
+
+def _fixed(name: str, value: object) -> int | None:
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{name}={value!r} is neither 'auto' nor a number of bytes; give one of them")
+    return value
