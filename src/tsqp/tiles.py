@@ -27,6 +27,8 @@ _TRIALS = 2
 #: Of so many pieces of work one is done in tiles of another size; a size that was this many times slower is only tried
 #: every so many such times.
 _EXPLORE_EVERY, _HOPELESS, _HOPELESS_EVERY = 32, 1.2, 8
+#: By so much tiles have to beat work that is whole: they keep more threads busy for the same result.
+_MARGIN = 1.1
 
 
 class Tile(NamedTuple):
@@ -101,8 +103,10 @@ class TileSize:
         return best
 
     def best(self) -> int:
-        """The size that cost least so far."""
-        return min(self._cost, key=self._cost.__getitem__) if self._cost else self._sizes[0]
+        """The size that cost least so far; what need not be cut stays whole unless tiles are clearly faster."""
+        if not self._cost:
+            return self._sizes[0]
+        return min(self._cost, key=lambda size: self._cost[size] * (_MARGIN if self._whole and size else 1.0))
 
     def note(self, tile_bytes: int, elements: int, spent_ns: int) -> None:
         """Work on so many elements took ``spent_ns`` in tiles of ``tile_bytes``."""
