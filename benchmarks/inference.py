@@ -1,10 +1,23 @@
-"""Prefill and decode of a split model as a ratio to stock transformers in one process.
+"""A split model beside stock transformers in one process: prefill and decode, in turn in one run.
 
-    python -m benchmarks.inference --layers 4 --tokens 1024 --dtype float32 --placement linear --placement ops
+    python -m benchmarks.inference                                   # every placement, both dtypes, the baselines
+    python -m benchmarks.inference --dtype float32 --placement ops --no-baselines
+    python -m benchmarks.inference --growth --no-baselines           # and how time grows with tokens and layers
+    python -m benchmarks.inference --device cuda:0                   # 16 layers, bfloat16
 
-Builds a random model of LLaMA-3.2-1B's dimensions, the same one (by seed) in this process and in a server process,
-and runs stock and split in turn with the same number of threads each, so that noise hits both alike. The ratio is
-the median over rounds of split / in-process.
+Three processes compute a random model of LLaMA-3.2-1B's dimensions, equal by its seed: stock transformers (with the
+attention it chooses by itself), the server, and this one, the runner. Each has the same number of threads. For every
+placement stock and split take turns, and the ratio is the median over rounds of split / stock. Two baselines, the
+systems tsqp replaces, are measured the same way (see benchmarks/baselines).
+
+floor      FLOPs and bytes (weights, K and V once) over the best matmul and memory bandwidth of this run
+server     the server's computing, as its replies say
+wire       time in calls but for that: both ways and waiting
+runner     the rest of the model's forward: its own operators, transformers' Python
+overhead   time of a forward minus the server's computing, per round trip: the runner's own operators are in it, "in
+           calls" leaves them out
+
+Tables are printed, and the figures and plots kept in results/.
 """
 
 from __future__ import annotations
@@ -14,254 +27,148 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: see the tuning notes in README
 
 import argparse
-import json
-import multiprocessing
-import platform
-import statistics
-import tempfile
-import time
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import tsqp
+from tsqp.placement import PLACEMENTS
 
-SEED = 20240607
-PLACEMENTS = ("linear", "ops", "fused", "layer")
-COLUMNS = ("placement", "phase", "stock ms", "split ms", "ratio", "trips", "ring MB", "zmq MB", "Δ logits")
+from . import bars, baselines, inference_growth, inference_plots, inference_report, machine
+from .inference_ends import running
+from .inference_limits import Peaks, work
+from .inference_measure import Job, contestants, run
+from .inference_model import SIZES, Spec, random_ids
+from .peers import preload_models
+from .setting import Setting
+from .transport import save, show
+
+DTYPES = ("float32", "bfloat16")
+SERVED = tuple(name for name, placement in PLACEMENTS.items() if placement.needs_server)
 
 
-def llama_config(layers: int, positions: int) -> LlamaConfig:
-    """LLaMA-3.2-1B's dimensions with `layers` layers."""
-    return LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        num_hidden_layers=layers,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        max_position_embeddings=max(131072, positions),
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = parser.add_argument
+    add("--layers", type=_positive, help="4 on a CPU, 16 on CUDA")
+    add("--tokens", type=_positive, default=1024, help="prompt length, and the context of decode (1024)")
+    add("--dtype", action="append", choices=DTYPES, help="may be repeated; both on a CPU, bfloat16 on CUDA")
+    add("--placement", action="append", choices=SERVED, help="may be repeated; all")
+    add("--baseline", action="append", choices=list(baselines.TITLES), help="may be repeated; all")
+    add("--no-baselines", action="store_true", help="none of them")
+    add("--threads", type=_positive, help="torch's, a side; 2 on a CPU, up to 8 on CUDA")
+    add("--rounds", type=_positive, default=5, help="of stock and split in turn (5)")
+    add("--decode", type=_positive, default=8, metavar="N", help="decode steps a round (8)")
+    add("--device", default="cpu", help="the server's and stock's: cpu or cuda:0")
+    add("--growth", action="store_true", help="prefill over tokens and layers, with the first dtype")
+    add("--growth-tokens", nargs="+", type=_positive, default=list(inference_growth.TOKENS))
+    add("--growth-layers", nargs="+", type=_positive, default=list(inference_growth.LAYERS))
+    add("--model", choices=list(SIZES), default="llama-1b", help="dimensions; tiny is for trying the benchmark")
+    add("--json", type=Path, default=Path("results/inference.json"), help="where the result is kept")
+    options = parser.parse_args(argv)
+    on_cuda = options.device.startswith("cuda")
+    if options.device != "cpu" and not on_cuda:
+        parser.error(f"--device {options.device} is unknown; give cpu or cuda:0")
+    if on_cuda and not torch.cuda.is_available():
+        parser.error(f"--device {options.device} needs a CUDA device, and torch sees none")
+    if options.no_baselines and options.baseline:
+        parser.error("--baseline and --no-baselines contradict each other; give one of them")
+    options.layers = options.layers or (16 if on_cuda else 4)
+    options.threads = options.threads or min(8 if on_cuda else 2, len(machine.available_cores()))
+    options.dtype = options.dtype or (["bfloat16"] if on_cuda else list(DTYPES))
+    options.placement = options.placement or list(SERVED)
+    options.baseline = [] if options.no_baselines else options.baseline or list(baselines.TITLES)
+    return options
 
 
-def build_model(layers: int, dtype: str, positions: int) -> LlamaForCausalLM:
-    """The random model; equal in every process that calls this with the same arguments."""
-    torch.manual_seed(SEED)
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM._from_config(llama_config(layers, positions), dtype=getattr(torch, dtype))
-    model = skeleton.to_empty(device="cpu").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    return model
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
 
 
-def serve(endpoint: str, layers: int, dtype: str, positions: int, threads: int, ready: Connection) -> None:
-    """The server process: ends when its parent says so or is gone."""
-    torch.set_num_threads(threads)
-    server = tsqp.GPUServer(build_model(layers, dtype, positions), endpoint, device="cpu", dtype=dtype)
-    server.start()
-    ready.send(server.endpoint)
-    try:
-        ready.recv()
-    except EOFError:
-        pass  # the parent died: stop as if it had said so
-    server.stop()
-
-
-@dataclass
-class Cell:
-    """One placement's rounds: seconds per run of stock and split, in the order they ran."""
-
-    stock_s: list[float] = field(default_factory=list)
-    split_s: list[float] = field(default_factory=list)
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(b / a for a, b in zip(self.stock_s, self.split_s, strict=True))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "stock_s": self.stock_s, "split_s": self.split_s}
-
-
-@torch.inference_mode()
-def time_prefill(model: Any, ids: torch.Tensor) -> tuple[float, DynamicCache]:
-    """Seconds of one prefill as generate() does it: cache on, logits of the last position."""
-    cache = DynamicCache(config=model.config)
-    begin = time.perf_counter()
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return time.perf_counter() - begin, cache
-
-
-@torch.inference_mode()
-def time_decode(model: Any, cache: DynamicCache, steps: int) -> float:
-    """Median seconds of one decode step after the prefill in `cache`."""
-    token = torch.zeros(1, 1, dtype=torch.int64)
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        model(token, past_key_values=cache, use_cache=True)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def snapshot(client: tsqp.GPUClient) -> dict[str, int]:
-    """The client's counters."""
-    names = ("shm_transfers", "zmq_transfers", "shm_bytes", "zmq_bytes")
-    return {"round_trips": client.round_trips, **{name: client.stats[name] for name in names}}
-
-
-def run_placement(args: argparse.Namespace, stock: Any, endpoint: str, placement: str, tick: Any) -> dict[str, Any]:
-    """Interleaves stock and split for one placement."""
-    ids = torch.randint(0, 128256, (1, args.tokens), generator=torch.Generator().manual_seed(1))
-    prefill, decode = Cell(), Cell()
-    counts: dict[str, dict[str, int]] = {}
-    split = tsqp.from_pretrained(None, endpoint=endpoint, placement=placement, timeout=300.0)
-    try:
-        client = split.tsqp_client
-        largest = compare_logits(stock, split, ids)
-        for _ in range(args.repeat):
-            seconds, cache = time_prefill(stock, ids)
-            prefill.stock_s.append(seconds)
-            decode.stock_s.append(time_decode(stock, cache, args.decode_steps))
-            before = snapshot(client)
-            seconds, cache = time_prefill(split, ids)
-            middle = snapshot(client)
-            prefill.split_s.append(seconds)
-            decode.split_s.append(time_decode(split, cache, args.decode_steps))
-            counts["prefill"] = {key: middle[key] - before[key] for key in before}
-            after = snapshot(client)
-            counts["decode"] = {key: (after[key] - middle[key]) // args.decode_steps for key in after}
-            tick()
-        operators = client.stats.get("operators")
-    finally:
-        split.close()
+def measure(options: argparse.Namespace, setting: Setting, dtype: str) -> dict[str, Any]:
+    """One dtype: the peaks of the device, and every contestant in turn with stock."""
+    spec = Spec(options.model, options.layers, dtype, options.device, options.threads)
+    skipped: dict[str, str] = {}
+    most = len(options.placement) + len(options.baseline)
+    with setting.part(1 + most * options.rounds):
+        setting.step("building the model in both processes")
+        with running(spec, options.baseline, skipped) as ends:
+            peaks: Peaks = ends.stock.call("peaks")
+            wanted = contestants(options.placement, list(ends.addresses))
+            job = Job(random_ids(spec, options.tokens), options.decode, options.rounds, setting.step)
+            splits = run(ends, wanted, job)
+            peaks = peaks.better(ends.stock.call("peaks"))
+    works = {"prefill": work(spec, options.tokens, 0), "decode": work(spec, 1, options.tokens)}
     return {
-        "placement": placement,
-        "logit_difference": largest,
-        "prefill": prefill.as_dict() | counts["prefill"],
-        "decode": decode.as_dict() | counts["decode"],
-        "operators": operators,
+        "stock_attention": ends.attention,
+        "peaks": peaks.as_json(),
+        "floor_ms": {phase: 1e3 * one.floor_s(peaks) for phase, one in works.items()},
+        "splits": splits,
+        "skipped": skipped,
     }
 
 
-@torch.inference_mode()
-def compare_logits(stock: Any, split: Any, ids: torch.Tensor) -> float:
-    """Largest difference of the last logits relative to their scale; also the warm-up of both."""
-    want = stock(ids, logits_to_keep=1).logits.float()
-    got = split(ids, logits_to_keep=1).logits.float()
-    return float((want - got).abs().max() / want.abs().max())
+def grow(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """The growth of the first dtype's prefill, without baselines."""
+    spec = Spec(options.model, options.layers, options.dtype[0], options.device, options.threads)
+    wanted = contestants(options.placement, ())
+    sizes = len(options.growth_tokens) + len(options.growth_layers)
+    with setting.part(sizes * (1 + len(wanted))):
+        plan = inference_growth.Plan(
+            sorted(options.growth_tokens), sorted(options.growth_layers), options.tokens, setting.step
+        )
+        return inference_growth.run(spec, wanted, plan)
 
 
-def report(results: list[dict[str, Any]], args: argparse.Namespace, console: Console) -> None:
-    """The table people read."""
-    table = Table(
-        title=f"{args.layers} layers, {args.tokens} tokens, {args.dtype}, {args.threads} threads a side, "
-        f"median of {args.repeat}"
-    )
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right", no_wrap=True)
-    for row in results:
-        for phase in ("prefill", "decode"):
-            cell = row[phase]
-            table.add_row(
-                row["placement"],
-                phase,
-                f"{statistics.median(cell['stock_s']) * 1e3:.1f}",
-                f"{statistics.median(cell['split_s']) * 1e3:.1f}",
-                f"{cell['ratio']:.3f}",
-                str(cell["round_trips"]),
-                f"{cell['shm_bytes'] / 1e6:.1f}",
-                f"{cell['zmq_bytes'] / 1e6:.1f}",
-                f"{row['logit_difference']:.1e}" if phase == "prefill" else "",
-            )
-    console.print(table)
+def tell(console: Console, dtype: str, result: dict[str, Any], options: dict[str, Any]) -> None:
+    for table in inference_report.tables(dtype, result, options):
+        show(table, console)
+    console.print(inference_report.peaks_text(result), highlight=False)
+    for title, reason in result["skipped"].items():
+        console.print(f"[yellow]SKIPPED {title}: {reason}[/yellow]")
 
 
-def run(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Starts the server, runs every placement, stops the server."""
-    torch.set_num_threads(args.threads)
-    positions = args.tokens + args.decode_steps + 1
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as directory:
-        endpoint = f"ipc://{directory}/server.sock"
-        arguments = (endpoint, args.layers, args.dtype, positions, args.threads, there)
-        server = spawn.Process(target=serve, args=arguments, daemon=True)
-        server.start()
-        there.close()
-        try:
-            with console.status("building the model in both processes"):
-                stock = build_model(args.layers, args.dtype, positions)
-                here.recv()
-            with Progress(console=console, transient=True) as progress:
-                task = progress.add_task("rounds", total=len(args.placement) * args.repeat)
-                return [
-                    run_placement(args, stock, endpoint, placement, lambda: progress.advance(task))
-                    for placement in args.placement
-                ]
-        finally:
-            here.close()
-            server.join(30)
-            if server.is_alive():
-                server.kill()
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024, help="prompt length, and the context of decode")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--placement", action="append", choices=PLACEMENTS, help="may be repeated; default: all")
-    parser.add_argument("--decode-steps", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=5, help="rounds of stock and split in turn")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads on each side")
-    parser.add_argument("--json", type=Path, default=Path("results/inference.json"))
-    args = parser.parse_args(argv)
-    args.placement = args.placement or list(PLACEMENTS)
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Runs the benchmark, prints the table, saves the JSON."""
-    args = parse(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log file has no width of its own
-    results = run(args, console)
-    report(results, args, console)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__}
-    versions = {"transformers": transformers.__version__, "tsqp": tsqp.__version__}
-    options = {key: value for key, value in vars(args).items() if key != "json"}
-    args.json.write_text(json.dumps({**machine, **versions, "options": options, "results": results}, indent=1))
-    console.print(f"saved {args.json}")
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    torch.set_num_threads(options.threads)
+    preload_models()
+    setting = Setting(None, 1.0, console)
+    told = {name: value for name, value in vars(options).items() if name != "json"}
+    result: dict[str, Any] = {"benchmark": "inference", "machine": machine.describe(), "options": told, "runs": {}}
+    for dtype in options.dtype:
+        result["runs"][dtype] = measure(options, setting, dtype)
+        tell(console, dtype, result["runs"][dtype], told)
+        save(result, options.json)  # a run that is cut short keeps what it has
+    if options.growth:
+        result["growth"] = grow(options, setting)
+        for table in inference_report.growth_tables(result["growth"]):
+            show(table, console)
+        for title, reason in result["growth"]["skipped"].items():
+            console.print(f"[yellow]SKIPPED {title}: {reason}[/yellow]")
+    promises = inference_report.bars(result)
+    show(bars.table(promises), console)
+    differing = inference_report.differing(result)
+    if differing:
+        console.print(f"The bars are promised for another setting; this run has {differing}.", highlight=False)
+    result["bars"] = [bar.as_json() for bar in promises]
+    save(result, options.json)
+    kept = [options.json, *inference_plots.save(result, options.json)]
+    console.print(f"saved: {', '.join(str(path) for path in kept)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
