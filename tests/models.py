@@ -103,10 +103,10 @@ def left_padded(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor]:
 @contextmanager
 def serving(model: PreTrainedModel, **options: Any) -> Iterator[GPUServer]:
     """A running server of a copy of ``model`` (the caller's stays a model of its own), with small rings."""
-    geometry = {"max_chunk_bytes": 1 << 20, "max_chunks": 4}
+    usual = {"max_chunk_bytes": 1 << 20, "max_chunks": 4, "device": "cpu"}
     with tempfile.TemporaryDirectory(prefix="tsqp-") as directory:
         endpoint = f"ipc://{directory}/server.sock"
-        server = GPUServer(copy.deepcopy(model), endpoint, device="cpu", **{**geometry, **options})
+        server = GPUServer(copy.deepcopy(model), endpoint, **{**usual, **options})
         with server.start():
             with GPUClient(endpoint) as client:
                 client.ping()  # now every thread of the server is up

@@ -4,6 +4,8 @@ are said to be."""
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,6 +209,17 @@ def test_defaults_are_the_promised_setting() -> None:
     options = parse_arguments([])
     assert (options.layers, options.tokens, options.dtype) == (4, 1024, list(DTYPES))
     assert (options.placement, options.baseline) == (list(SERVED), ["msgpack", "flags"])
+
+
+def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or f"/usr/bin/{tool}")
+    place = {"PATH": str(tmp_path), "VENV": str(tmp_path / "venv"), "RESULTS": str(tmp_path / "results")}
+    command = [str(tmp_path / "bash"), str(ROOT / "benchmarks" / "gpu.sh")]
+    run = subprocess.run(command, env=place, capture_output=True, text=True, timeout=30, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "gpu.sh: no NVIDIA GPU here (there is no nvidia-smi); run it on a machine that has one\n"
+    assert sorted(os.listdir(tmp_path)) == ["bash", "dirname"]
 
 
 # --- the baselines --------------------------------------------------------------------------------------------
