@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: see t
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--growth", action="store_true", help="prefill over tokens and layers, with the first dtype")
     add("--growth-tokens", nargs="+", type=_positive, default=list(inference_growth.TOKENS))
     add("--growth-layers", nargs="+", type=_positive, default=list(inference_growth.LAYERS))
+    add("--trace", type=Path, metavar="FILE", help="timelines: FILE with dtype and placement in its name, for Perfetto")
     add("--model", choices=list(SIZES), default="llama-1b", help="dimensions; tiny is for trying the benchmark")
     add("--json", type=Path, default=Path("results/inference.json"), help="where the result is kept")
     options = parser.parse_args(argv)
@@ -104,7 +106,8 @@ def measure(options: argparse.Namespace, setting: Setting, dtype: str) -> dict[s
         with running(spec, options.baseline, skipped) as ends:
             peaks: Peaks = ends.stock.call("peaks")
             wanted = contestants(options.placement, list(ends.addresses))
-            job = Job(random_ids(spec, options.tokens), options.decode, options.rounds, setting.step)
+            trace_of = None if options.trace is None else partial(trace_path, options.trace, dtype)
+            job = Job(random_ids(spec, options.tokens), options.decode, options.rounds, setting.step, trace_of)
             splits = run(ends, wanted, job)
             peaks = peaks.better(ends.stock.call("peaks"))
     works = {"prefill": work(spec, options.tokens, 0), "decode": work(spec, 1, options.tokens)}
@@ -115,6 +118,11 @@ def measure(options: argparse.Namespace, setting: Setting, dtype: str) -> dict[s
         "splits": splits,
         "skipped": skipped,
     }
+
+
+def trace_path(path: Path, dtype: str, key: str) -> Path:
+    """``a/b.json`` to ``a/b-float32-ops.json``."""
+    return path.with_name(f"{path.stem}-{dtype}-{key}{path.suffix or '.json'}")
 
 
 def grow(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
@@ -143,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     preload_models()
     setting = Setting(None, 1.0, console)
-    told = {name: value for name, value in vars(options).items() if name != "json"}
+    told = {name: value for name, value in vars(options).items() if name not in ("json", "trace")}
     result: dict[str, Any] = {"benchmark": "inference", "machine": machine.describe(), "options": told, "runs": {}}
     for dtype in options.dtype:
         result["runs"][dtype] = measure(options, setting, dtype)
@@ -163,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["bars"] = [bar.as_json() for bar in promises]
     save(result, options.json)
     kept = [options.json, *inference_plots.save(result, options.json)]
+    if options.trace is not None:
+        kept += [trace_path(options.trace, dtype, key) for dtype in options.dtype for key in options.placement]
     console.print(f"saved: {', '.join(str(path) for path in kept)}")
     return 0
 

@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import tsqp
+from tsqp.tracing import Recorder
 
 from . import baselines, memory
 from .inference_ends import End, Ends
@@ -160,12 +162,13 @@ class Parity:
 
 @dataclass(frozen=True)
 class Job:
-    """What every contestant of a run does."""
+    """What every contestant of a run does; tsqp's own leave a timeline in ``trace_of(key)`` where that is given."""
 
     ids: Tensor
     steps: int
     rounds: int
     step: Callable[[str], None]
+    trace_of: Callable[[str], Path] | None = None
 
 
 def measure(contestant: Contestant, ends: Ends, job: Job, parity: Parity) -> dict[str, Any]:
@@ -187,6 +190,8 @@ def measure(contestant: Contestant, ends: Ends, job: Job, parity: Parity) -> dic
             ends.stock.call("forget")
             measure_split(timed, client, job.ids, tokens, (prefill, decode))
         peaks = {name: memory.peak_bytes(pid) for name, pid in pids.items()}
+        if job.trace_of is not None and contestant.key not in baselines.TITLES:
+            trace(timed, client, job.ids, tokens[:1], job.trace_of(contestant.key))
     return {
         "title": contestant.title,
         "baseline": contestant.key in baselines.TITLES,
@@ -204,6 +209,20 @@ def measure_split(timed: Timed, client: Any, ids: Tensor, tokens: Tensor, phases
     prefill.add([counted(client, lambda: timed.prefill(ids))])
     decode.add([counted(client, lambda token=token: timed.decode(token)[0]) for token in tokens.split(1)])
     timed.forget()
+
+
+def trace(timed: Timed, client: Any, ids: Tensor, tokens: Tensor, path: Path) -> None:
+    """Writes the timeline of one more prefill and of a step for each of ``tokens``."""
+    recorder = Recorder()
+    client.trace(recorder)
+    try:
+        timed.prefill(ids)
+        timed.decode(tokens)
+    finally:
+        client.trace(None)
+        timed.forget()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorder.save(path)
 
 
 def counted(client: Any, forward: Callable[[], float]) -> tuple[float, Count]:

@@ -47,7 +47,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(path: Path) -> dict[str, Any]:
     """What one run kept, made as a user makes it."""
-    command = [sys.executable, "-m", "benchmarks.inference", *QUICK, "--json", str(path)]
+    options = ["--json", str(path), "--trace", str(path.with_name("trace.json"))]
+    command = [sys.executable, "-m", "benchmarks.inference", *QUICK, *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(path.read_text())
@@ -133,6 +134,13 @@ def test_plots_lie_beside_the_result(result: dict[str, Any], path: Path) -> None
     pytest.importorskip("matplotlib")
     for name in ("parts-float32", "parts-bfloat16", "tokens", "tokens-parts", "layers", "layers-parts"):
         assert path.with_name(f"inference-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_timelines_lie_beside_the_result(result: dict[str, Any], path: Path, dtype: str) -> None:
+    for placement in SERVED:
+        events = json.loads(path.with_name(f"trace-{dtype}-{placement}.json").read_text())["traceEvents"]
+        calls = [event for event in events if event["ph"] == "b"]
+        assert len(calls) == 2 * PLACEMENTS[placement].round_trips(LAYERS)  # a prefill's and a step's
 
 
 def test_the_short_table_names_each_and_what_was_missed(
