@@ -105,17 +105,17 @@ class _LoopReader:
 class Loops:
     """The event loops in which coroutines wait for calls. `table` guards what settles calls."""
 
-    def __init__(self, flight: InFlight, table: threading.RLock) -> None:
-        self._flight, self._table = flight, table
+    def __init__(self, table: threading.RLock) -> None:
+        self._table = table
         self.readers: list[_LoopReader] = []  # one for each
 
-    async def wait(self, ready: Callable[[], bool]) -> None:
-        """Returns once ``ready()``, of which :meth:`wake_ready` is told."""
+    async def wait(self, flight: InFlight, ready: Callable[[], bool]) -> None:
+        """Returns once ``ready()``, of which :meth:`wake_ready` is told. ``flight`` is not kept: it holds this."""
         loop = asyncio.get_running_loop()
         with self._table:
             reader = next((one for one in self.readers if one.loop is loop), None)
             if reader is None:
-                reader = _LoopReader(self._flight)
+                reader = _LoopReader(flight)
                 self.readers.append(reader)
         try:
             await reader.wait(ready)

@@ -58,7 +58,7 @@ class InFlight:
         self._bytes = 0  # of the pending
         self._lost: dict[int, None] = {}
         self._waiters: list[Waiter] = []
-        self._loops = Loops(self, self._table)
+        self._loops = Loops(self._table)
         self._awaited = self._loops.readers  # asking a list costs less
         self._next_id = 1
         self._busy_since_ns = 0
@@ -115,7 +115,7 @@ class InFlight:
     async def arrival(self, ready: Callable[[], bool]) -> None:
         """Returns once ``ready()``, for coroutines and without a limit: the event loop goes on."""
         try:
-            await self._loops.wait(ready)
+            await self._loops.wait(self, ready)
         finally:
             self._relieve()
 
