@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tsqp
 
 from . import machine
-from .peers import PeerFailedError, processes
+from .clients import Worker
 from .report import figure
 
 HIDDEN, INTERMEDIATE = 2048, 8192
@@ -76,42 +75,14 @@ def call(wire: Connection, endpoints: list[str], rows: int) -> None:
             wire.send(count)
 
 
-class Process:
-    """A process at the other end of a pipe; ended by None."""
-
-    def __init__(self, target: Any, *arguments: Any) -> None:
-        self._wire, theirs = processes.Pipe()
-        self._process = processes.Process(target=target, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def hear(self) -> Any:
-        if not self._wire.poll(PATIENCE_S):
-            raise PeerFailedError(f"process {self._process.pid} said nothing for {PATIENCE_S:g} s")
-        try:
-            return self._wire.recv()
-        except EOFError:
-            raise PeerFailedError(f"process {self._process.pid} died") from None
-
-    def say(self, order: Any) -> None:
-        self._wire.send(order)
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self.say(None)
-        self._process.join(10.0)
-        self._process.kill()
-        self._process.join()
-
-
 @contextlib.contextmanager
-def servers(options: argparse.Namespace) -> Iterator[tuple[list[str], list[Process]]]:
+def servers(options: argparse.Namespace) -> Iterator[tuple[list[str], list[Worker]]]:
     """Two servers, without and with batching."""
     with tempfile.TemporaryDirectory(prefix="batching-") as folder, contextlib.ExitStack() as stack:
         endpoints = [f"ipc://{Path(folder) / name}" for name in ("off", "on")]
         started = []
         for batching, endpoint in enumerate(endpoints):
-            started.append(Process(serve, endpoint, options.dtype, options.threads, bool(batching)))
+            started.append(Worker(serve, endpoint, options.dtype, options.threads, bool(batching)))
             stack.callback(started[-1].end)
             started[-1].hear()
         yield endpoints, started
@@ -123,7 +94,7 @@ def measure(count: int, endpoints: list[str], options: argparse.Namespace) -> li
     with contextlib.ExitStack() as stack:
         clients = []
         for _ in range(count):
-            clients.append(Process(call, endpoints, options.rows))
+            clients.append(Worker(call, endpoints, options.rows))
             stack.callback(clients[-1].end)
         for client in clients:
             client.hear()

@@ -95,11 +95,11 @@ def _begin() -> None:
 
 
 class Worker:
-    """A process that runs ``target(wire, endpoint, core)``."""
+    """A process that runs ``target(wire, *arguments)`` until it hears None."""
 
-    def __init__(self, target: Callable[[Connection, str, int | None], None], endpoint: str, core: int | None) -> None:
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         self._wire, theirs = processes.Pipe()
-        self._process = processes.Process(target=target, args=(theirs, endpoint, core), daemon=True)
+        self._process = processes.Process(target=target, args=(theirs, *arguments), daemon=True)
         self._process.start()
         theirs.close()
 
