@@ -82,12 +82,16 @@ def serve(
     max_chunks: options.MaxChunks = None,
     max_clients: options.MaxClients = 16,
     threads: options.Threads = None,
+    kv_limit_bytes: options.KvLimitBytes = None,
+    batching: options.Batching = True,
+    compile_mlps: options.Compile = False,
 ) -> None:
     """Serves the heavy operators of a model until Ctrl-C or SIGTERM, then prints transfer statistics."""
     path = checkpoint(model)
     where = endpoint or config.default_endpoint()
     config.parse_endpoint(where)
     with status("loading torch and transformers", plain=True) as tell:
+        from .protocol import MAX_KV_BYTES
         from .server import GPUServer
 
         quiet_progress_bars()
@@ -100,6 +104,9 @@ def serve(
             max_chunks=max_chunks,
             max_clients=max_clients,
             threads=threads,
+            kv_limit_bytes=MAX_KV_BYTES if kv_limit_bytes is None else kv_limit_bytes,
+            batching=batching,
+            compile=compile_mlps,
             progress=tell,
         )
     show_log()

@@ -90,6 +90,12 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", show_default=False, help="CPU threads of torch. Default: torch's choice."),
 ]
+KvLimitBytes = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="BYTES", show_default=False, help="K and V kept per runner at most. Default: 4 GiB."),
+]
+Batching = Annotated[bool, typer.Option(help="Compute requests of several runners together where that is faster.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the layers' MLPs (torch.compile); takes a minute.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")]
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")]
 DemoPrompt = Annotated[

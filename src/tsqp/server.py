@@ -17,6 +17,7 @@ from torch import nn
 
 from . import config
 from .answering import Answering
+from .compiling import compile_mlps
 from .cuda import CudaWork
 from .errors import (
     ConfigError,
@@ -51,7 +52,9 @@ class GPUServer:
     ``device`` a torch device. ``threads`` sets torch's threads for the computation, ``kv_limit_bytes`` the K
     and V kept per client, ``reply_limit_bytes`` the largest result a request may ask for, ``shm`` and
     ``wait`` are those of :func:`listen`. ``batching`` lets requests of several clients for the same linear modules be
-    computed as one where that was measured to be faster. ``progress`` is called with a line per phase of loading.
+    computed as one where that was measured to be faster. ``compile`` compiles the layers' MLPs with ``torch.compile``
+    (True: inductor; or a backend's name), for ``fused`` and ``layer``. ``progress`` is called with a line per phase of
+    loading.
 
     The model is loaded by the constructor; the endpoint is bound by :meth:`serve`, which blocks, or
     :meth:`start`, which returns. Raises :class:`ModelNotFoundError`, :class:`ModelError`,
@@ -74,6 +77,7 @@ class GPUServer:
         large: str = "tile",
         wait: str = "auto",
         batching: bool = True,
+        compile: bool | str = False,
         progress: Progress | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("max_clients", max_clients)):
@@ -95,6 +99,8 @@ class GPUServer:
         self._threads = threads
         self._kv_limit_bytes = kv_limit_bytes
         self._served = load_model(model_or_path, device, dtype, progress)
+        if compile:
+            compile_mlps(self._served, "inductor" if compile is True else compile)
         self._operators = Operators(self._served, reply_limit_bytes)
         handlers = self._operators.handlers | FusedOperators(self._served, self._operators).handlers
         self.telemetry = Telemetry()
