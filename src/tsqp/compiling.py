@@ -43,7 +43,7 @@ class _OrEager:
 def compile_mlps(served: ServedModel, backend: str) -> int:
     """Compiles the MLP of every layer for any number of rows with a backend of ``torch.compile``; returns how many.
 
-    They are compiled at their first call, which takes seconds. Raises :class:`~tsqp.errors.ConfigError` for an unknown
+    They are compiled here, which takes seconds to minutes: no client waits for it. Raises :class:`~tsqp.errors.ConfigError` for an unknown
     backend and :class:`~tsqp.errors.ModelError` where the model has no MLPs that can be told apart.
     """
     if backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -53,6 +53,10 @@ def compile_mlps(served: ServedModel, backend: str) -> int:
         raise ModelError("this model's MLPs can't be told apart, so they can't be compiled; serve it without compile")
     for module, info in zip(modules, served.layout.mlp, strict=True):
         _compile(module, info.name, backend)
+    with torch.inference_mode():
+        for module in modules:
+            for rows in (1, 8):  # the first number is compiled for itself, the second for any
+                module(torch.zeros(1, rows, served.layout.hidden, dtype=served.dtype, device=served.device))
     return len(modules)
 
 
