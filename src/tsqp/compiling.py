@@ -43,8 +43,9 @@ class _OrEager:
 def compile_mlps(served: ServedModel, backend: str) -> int:
     """Compiles the MLP of every layer for any number of rows with a backend of ``torch.compile``; returns how many.
 
-    They are compiled here, which takes seconds to minutes: no client waits for it. Raises :class:`~tsqp.errors.ConfigError` for an unknown
-    backend and :class:`~tsqp.errors.ModelError` where the model has no MLPs that can be told apart.
+    They are compiled here, which takes seconds to minutes: no client waits for it. Raises
+    :class:`~tsqp.errors.ConfigError` for an unknown backend and :class:`~tsqp.errors.ModelError` where the model has
+    no MLPs that can be told apart.
     """
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ConfigError(f"torch.compile has no backend {backend!r}; give inductor, or True")
