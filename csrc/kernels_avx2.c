@@ -60,6 +60,12 @@ INLINE SIMD vf vround(vf x, unsigned dtype) {
     return dtype == TSQP_FLOAT32 ? x : _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16_bits(x), 16));
 }
 
+/* To bfloat16, half a step upwards; any NaN has to be one of bfloat16. */
+INLINE SIMD vf vround_half_up(vf x) {
+    __m256i sum = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x8000));
+    return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32((int)0xffff0000)));
+}
+
 INLINE SIMD vf vget(const uint8_t *src, unsigned dtype, size_t n) {
     uint8_t whole[LANES * 4];
     if (n != LANES) {
@@ -91,6 +97,12 @@ INLINE SIMD void vput(uint8_t *dst, unsigned dtype, vf x, size_t n, bool stream)
     }
     if (n != LANES)
         memcpy(dst, whole, n * width_of(dtype));
+}
+
+/* Two whole vectors, one behind the other. */
+INLINE SIMD void vput2(uint8_t *dst, unsigned dtype, vf x, vf y, bool stream) {
+    vput(dst, dtype, x, LANES, stream);
+    vput(dst + LANES * width_of(dtype), dtype, y, LANES, stream);
 }
 
 /* The lanes whose byte is not 0; `other` in the rest. */
@@ -126,6 +138,16 @@ INLINE SIMD vf vminus_abs(vf x) {
 }
 INLINE SIMD vf vif_negative(vf x, vf yes, vf no) {
     return _mm256_blendv_ps(no, yes, x);
+}
+/* t - floor(t), and floor(t) for vscale2; t is held where 2^t is 0 or Inf all the same. */
+INLINE SIMD vf vfraction(vf t, vf *whole) {
+    t = vmin(vset(EXP2_BOUND), vmax(vset(-EXP2_BOUND), t)); /* a NaN passes */
+    *whole = _mm256_floor_ps(t);
+    return vsub(t, *whole);
+}
+/* a / b for b >= 1. */
+INLINE SIMD vf vdivide_rough(vf a, vf b) {
+    return _mm256_div_ps(a, b);
 }
 /* 1 / x for x in [1, 2]. */
 INLINE SIMD vf vinverse(vf x) {

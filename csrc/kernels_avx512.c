@@ -58,11 +58,10 @@ INLINE SIMD __m512i bfloat16_bits(vf x) {
 
 INLINE SIMD __m256i to_bfloat16(vf x) {
 #ifdef TSQP_BF16
-    /* The instruction takes denormal numbers, which are rare, for 0. */
-    if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
-        return (__m256i)_mm512_cvtneps_pbh(x);
-#endif
+    return (__m256i)_mm512_cvtneps_pbh(x); /* takes denormal numbers for 0 */
+#else
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_bits(x), 16));
+#endif
 }
 
 INLINE SIMD vf from_bfloat16(__m256i half) {
@@ -77,6 +76,12 @@ INLINE SIMD vf vround(vf x, unsigned dtype) {
 #else
     return _mm512_castsi512_ps(_mm512_and_si512(bfloat16_bits(x), _mm512_set1_epi32((int)0xffff0000)));
 #endif
+}
+
+/* To bfloat16, half a step upwards; any NaN has to be one of bfloat16. */
+INLINE SIMD vf vround_half_up(vf x) {
+    __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000)));
 }
 
 INLINE SIMD vf vget(const uint8_t *src, unsigned dtype, size_t n) {
@@ -107,6 +112,22 @@ INLINE SIMD void vput(uint8_t *dst, unsigned dtype, vf x, size_t n, bool stream)
         _mm256_storeu_si256((void *)dst, half);
 }
 
+/* Two whole vectors, one behind the other. */
+INLINE SIMD void vput2(uint8_t *dst, unsigned dtype, vf x, vf y, bool stream) {
+#ifdef TSQP_BF16
+    if (dtype == TSQP_BFLOAT16) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+        if (stream)
+            _mm512_stream_si512((void *)dst, both);
+        else
+            _mm512_storeu_si512(dst, both);
+        return;
+    }
+#endif
+    vput(dst, dtype, x, LANES, stream);
+    vput(dst + LANES * width_of(dtype), dtype, y, LANES, stream);
+}
+
 /* The lanes whose byte is not 0; `other` in the rest. */
 INLINE SIMD vf vvisible(const uint8_t *mask, vf x, vf other, size_t n) {
     __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), mask);
@@ -129,6 +150,15 @@ INLINE SIMD vf vminus_abs(vf x) {
 }
 INLINE SIMD vf vif_negative(vf x, vf yes, vf no) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), no, yes);
+}
+/* t - floor(t), 0 for an infinite t; and t, or floor(t), for vscale2, which takes either. */
+INLINE SIMD vf vfraction(vf t, vf *whole) {
+    *whole = t;
+    return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+/* a / b for b >= 1, to 2^-14 */
+INLINE SIMD vf vdivide_rough(vf a, vf b) {
+    return _mm512_mul_ps(a, _mm512_rcp14_ps(b));
 }
 /* 1 / x for x in [1, 2]: an estimate (2^-14) and one step of Newton's. */
 INLINE SIMD vf vinverse(vf x) {

@@ -65,6 +65,11 @@ INLINE vf vround(vf x, unsigned dtype) {
     return dtype == TSQP_FLOAT32 ? x : (vf)(bfloat16_bits(x) << 16);
 }
 
+/* To bfloat16, half a step upwards; any NaN has to be one of bfloat16. */
+INLINE vf vround_half_up(vf x) {
+    return (vf)(((vu)x + 0x8000) & 0xffff0000);
+}
+
 INLINE vf vget(const uint8_t *src, unsigned dtype, size_t n) {
     vf x = {0};
     vh half = {0};
@@ -84,6 +89,12 @@ INLINE void vput(uint8_t *dst, unsigned dtype, vf x, size_t n, bool stream) {
     }
     vh half = __builtin_convertvector(bfloat16_bits(x), vh);
     memcpy(dst, &half, n * 2);
+}
+
+/* Two whole vectors, one behind the other. */
+INLINE void vput2(uint8_t *dst, unsigned dtype, vf x, vf y, bool stream) {
+    vput(dst, dtype, x, LANES, stream);
+    vput(dst + LANES * width_of(dtype), dtype, y, LANES, stream);
 }
 
 /* The lanes whose byte is not 0; `other` in the rest. */
@@ -112,6 +123,17 @@ INLINE vf vminus_abs(vf x) {
 }
 INLINE vf vif_negative(vf x, vf yes, vf no) {
     return choose((vi)x < 0, yes, no);
+}
+/* t - floor(t), and floor(t) for vscale2; t is held where 2^t is 0 or Inf all the same. */
+INLINE vf vfraction(vf t, vf *whole) {
+    t = vmin(vset(EXP2_BOUND), vmax(vset(-EXP2_BOUND), t)); /* a NaN passes */
+    vf n = vnearest(t);
+    *whole = choose(n > t, n - 1, n);
+    return t - *whole;
+}
+/* a / b for b >= 1. */
+INLINE vf vdivide_rough(vf a, vf b) {
+    return a / b;
 }
 /* 1 / x for x in [1, 2]. */
 INLINE vf vinverse(vf x) {

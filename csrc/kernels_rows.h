@@ -20,6 +20,23 @@ INLINE SIMD vf vexp(vf x) {
     return vexp_bounded(vmin(vset(EXP_HIGH), x));
 }
 
+/* 2^t; as exactly as a result of the dtype needs it. */
+INLINE SIMD vf vexp2(vf t, unsigned dtype) {
+    vf n, f = vfraction(t, &n), p;
+    if (dtype == TSQP_BFLOAT16) {
+        p = vfma(vset(ROUGH_C4), f, vset(ROUGH_C3));
+        p = vfma(p, f, vset(ROUGH_C2));
+        p = vfma(p, f, vset(ROUGH_C1));
+        return vscale2(vfma(p, f, vset(ROUGH_C0)), n);
+    }
+    p = vfma(vset(EXP2_C6), f, vset(EXP2_C5));
+    p = vfma(p, f, vset(EXP2_C4));
+    p = vfma(p, f, vset(EXP2_C3));
+    p = vfma(p, f, vset(EXP2_C2));
+    p = vfma(p, f, vset(EXP2_C1));
+    return vscale2(vfma(p, f, vset(1)), n);
+}
+
 INLINE SIMD vf get_float(const float *src) {
     return vget((const uint8_t *)src, TSQP_FLOAT32, LANES);
 }
@@ -156,14 +173,17 @@ static SIMD void rms_norm(const struct tsqp_rms_norm *job, size_t begin, size_t 
 
 /* ---- SiLU times gate ---- */
 
-INLINE SIMD void silu_mul_part(const uint8_t *gates, const uint8_t *ups, uint8_t *out, unsigned dtype,
-                               size_t n, bool stream) {
+INLINE SIMD vf silu_mul_part(const uint8_t *gates, const uint8_t *ups, unsigned dtype, size_t n) {
     vf gate = vget(gates, dtype, n), up = vget(ups, dtype, n);
+    if (dtype ==
+        TSQP_BFLOAT16) { /* 2^-13.8 off before it is rounded, by which half a step counts for nothing */
+        vf power = vexp2(vmul(gate, vset(-LOG2_E)), dtype);
+        return vmul(vround_half_up(vdivide_rough(gate, vadd(vset(1), power))), up);
+    }
     /* sigmoid(x) = 1 / (1 + e^-x), or e^x / (1 + e^x) where x < 0: the divisor is in [1, 2]. */
     vf small = vexp_bounded(vminus_abs(gate)), sigmoid = vinverse(vadd(vset(1), small));
     sigmoid = vif_negative(gate, vmul(small, sigmoid), sigmoid);
-    vf silu = vround(vmul(gate, sigmoid), dtype);
-    vput(out, dtype, vmul(silu, up), n, stream);
+    return vmul(vmul(gate, sigmoid), up);
 }
 
 INLINE SIMD void silu_mul_all(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream,
@@ -174,13 +194,14 @@ INLINE SIMD void silu_mul_all(const struct tsqp_silu_mul *job, size_t begin, siz
     uint8_t *out = (uint8_t *)job->out + begin * width;
     size_t i = 0;
     for (; i + 2 * step <= nbytes; i += 2 * step) { /* two chains of dependent steps side by side */
-        silu_mul_part(gate + i, up + i, out + i, dtype, LANES, stream);
-        silu_mul_part(gate + i + step, up + i + step, out + i + step, dtype, LANES, stream);
+        vf x = silu_mul_part(gate + i, up + i, dtype, LANES);
+        vf y = silu_mul_part(gate + i + step, up + i + step, dtype, LANES);
+        vput2(out + i, dtype, x, y, stream);
     }
-    for (; i + step <= nbytes; i += step)
-        silu_mul_part(gate + i, up + i, out + i, dtype, LANES, stream);
-    if (i < nbytes)
-        silu_mul_part(gate + i, up + i, out + i, dtype, (nbytes - i) / width, false);
+    for (; i < nbytes; i += step) {
+        size_t n = nbytes - i < step ? (nbytes - i) / width : LANES;
+        vput(out + i, dtype, silu_mul_part(gate + i, up + i, dtype, n), n, stream);
+    }
 }
 
 static SIMD void silu_mul(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream) {
