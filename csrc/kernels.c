@@ -15,7 +15,7 @@
 
 /* Elements of one piece: some 10 µs, several times what waking a thread costs the caller. */
 #define PIECE_ELEMENTS ((size_t)1 << 15)
-#define STACK_ROW 4096
+#define STACK_FLOATS 4608
 #define CACHE_BYTES ((size_t)32 << 20) /* where the machine does not say */
 
 /* ---- instruction sets ---- */
@@ -65,7 +65,7 @@ struct call {
     const void *job;
     size_t second; /* rotary: where the second job's lines begin */
     float *scratch;
-    size_t scratch_row; /* floats */
+    size_t scratch_floats; /* of each */
     bool stream;
 };
 
@@ -87,20 +87,22 @@ static size_t bytes_of(unsigned dtype) {
     return dtype == TSQP_FLOAT32 ? 4 : 2;
 }
 
-/* Runs `task` over `rows` rows of `cols` elements, each participant with a row of scratch. */
-static int with_scratch(tsqp_task task, struct call *call, size_t rows, size_t cols) {
-    _Alignas(64) float stack[STACK_ROW + SCRATCH_PADDING];
+/* Runs `task` over `rows` rows of `cols` elements, each participant with `scratch_rows` rows of scratch. */
+static int with_scratch(tsqp_task task, struct call *call, size_t rows, size_t cols, size_t scratch_rows) {
+    _Alignas(64) float stack[STACK_FLOATS];
     size_t grain = rows_per_piece(cols);
     unsigned participants = participants_for(rows, grain);
-    call->scratch_row = (cols + SCRATCH_PADDING + 15) & ~(size_t)15;
-    call->scratch = stack;
-    if (participants > 1 || cols > STACK_ROW)
-        call->scratch = aligned_alloc(64, participants * call->scratch_row * sizeof(float));
-    if (!call->scratch)
-        return TSQP_NO_MEMORY;
+    call->scratch_floats = scratch_row(cols) * scratch_rows;
+    float *heap = NULL;
+    if (participants > 1 || call->scratch_floats > STACK_FLOATS) {
+        heap = aligned_alloc(64, participants * call->scratch_floats * sizeof(float));
+        if (!heap)
+            return TSQP_NO_MEMORY;
+    }
+    call->scratch = heap ? heap : stack;
     tsqp_parallel(task, call, rows, grain, participants);
-    if (call->scratch != stack)
-        free(call->scratch);
+    call->scratch = NULL;
+    free(heap);
     return TSQP_OK;
 }
 
@@ -108,7 +110,7 @@ static int with_scratch(tsqp_task task, struct call *call, size_t rows, size_t c
 
 static void rms_norm_task(void *context, unsigned worker, size_t begin, size_t end) {
     const struct call *call = context;
-    sets[0]->rms_norm(call->job, begin, end, call->scratch + worker * call->scratch_row, call->stream);
+    sets[0]->rms_norm(call->job, begin, end, call->scratch + worker * call->scratch_floats, call->stream);
 }
 
 int tsqp_rms_norm(const struct tsqp_rms_norm *job) {
@@ -116,12 +118,12 @@ int tsqp_rms_norm(const struct tsqp_rms_norm *job) {
         return TSQP_BAD_DTYPE;
     size_t nbytes = job->rows * job->cols * bytes_of(job->dtype) * (job->residual ? 4 : 2);
     struct call call = {.job = job, .stream = nbytes > stream_bytes};
-    return with_scratch(rms_norm_task, &call, job->rows, job->cols);
+    return with_scratch(rms_norm_task, &call, job->rows, job->cols, 1);
 }
 
 static void softmax_task(void *context, unsigned worker, size_t begin, size_t end) {
     const struct call *call = context;
-    sets[0]->softmax(call->job, begin, end, call->scratch + worker * call->scratch_row, call->stream);
+    sets[0]->softmax(call->job, begin, end, call->scratch + worker * call->scratch_floats, call->stream);
 }
 
 int tsqp_softmax(const struct tsqp_softmax *job) {
@@ -132,7 +134,7 @@ int tsqp_softmax(const struct tsqp_softmax *job) {
         rows *= job->shape[d];
     size_t nbytes = rows * job->keys * (bytes_of(job->dtype) + bytes_of(job->out_dtype));
     struct call call = {.job = job, .stream = nbytes > stream_bytes};
-    return with_scratch(softmax_task, &call, rows, job->keys);
+    return with_scratch(softmax_task, &call, rows, job->keys, SOFTMAX_ROWS);
 }
 
 static void silu_mul_task(void *context, unsigned worker, size_t begin, size_t end) {

@@ -7,10 +7,17 @@
 
 /* Scratch of a row is padded by this many floats at its end. */
 #define SCRATCH_PADDING 32
+/* As many rows of it softmax works on at a time. */
+#define SOFTMAX_ROWS 3
+
+static inline size_t scratch_row(size_t cols) {
+    return (cols + SCRATCH_PADDING + 15) & ~(size_t)15;
+}
 
 struct tsqp_kernel_set {
     const char *name;
-    /* `row` and `scratch`: one row of floats, padded. `stream`: write past the caches. */
+    /* `scratch`: a row of scratch_row(cols) floats, SOFTMAX_ROWS of them for softmax. `stream`: write past
+     * the caches. */
     void (*rms_norm)(const struct tsqp_rms_norm *job, size_t begin, size_t end, float *scratch, bool stream);
     void (*silu_mul)(const struct tsqp_silu_mul *job, size_t begin, size_t end, bool stream);
     void (*rotary)(const struct tsqp_rotary *job, size_t begin, size_t end);
