@@ -12,6 +12,7 @@ from carriers import CARRIERS, CHUNK, LARGE, SMALL, Background, Pair, pair_over,
 from peers import PATIENCE_S
 from wire_bytes import check_numbered, numbered, same_bits
 
+from tsqp import aio
 from tsqp.errors import ClosedError, WaitTimeoutError
 
 
@@ -127,5 +128,36 @@ def test_own_close_ends_a_wait(pair: Pair) -> None:
         pair.client.close()
         with pytest.raises(ClosedError):
             await waiting
+
+    asyncio.run(run())
+
+
+def test_a_cancellation_that_comes_with_the_message_is_not_forgotten(pair: Pair, monkeypatch) -> None:
+    """Else a task that waits in a loop would go on for ever, and the end of its event loop wait for it."""
+    waits: list[aio._Wait] = []
+
+    class Noted(aio._Wait):
+        def __init__(self) -> None:
+            super().__init__()
+            waits.append(self)
+
+    monkeypatch.setattr(aio, "_Wait", Noted)
+
+    async def run() -> None:
+        task = asyncio.create_task(pair.server.helper().wait(PATIENCE_S))
+        while not waits:
+            await asyncio.sleep(0)
+        waits[0]._finish()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
+def test_a_wait_for_a_message_has_an_end(pair: Pair) -> None:
+    async def run() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await pair.server.helper().wait(0.05)
 
     asyncio.run(run())

@@ -64,7 +64,10 @@ class Helper:
         self._waits.put(one)
         self._bell.ring()
         try:
-            await asyncio.wait_for(one.done, seconds)
+            # Not wait_for: before Python 3.12 it forgets a cancellation that comes together with the result.
+            done, _ = await asyncio.wait((one.done,), timeout=seconds)
+            if not done:
+                raise asyncio.TimeoutError
         finally:
             one.cancelled = True
             self._bell.ring()

@@ -71,7 +71,7 @@ class _LoopReader:
     async def _read(self) -> None:
         channel: Any = self._flight.channel
         try:
-            while True:
+            while self._arrivals:
                 self._turn.clear()
                 if not self._flight.take_ready():
                     await self._turn.wait()  # a thread reads for all; it tells when it leaves
