@@ -55,8 +55,9 @@ class Driver:
 
     def error_name(self, error: int) -> str:
         text = ctypes.c_char_p()
-        known = self._name(error, ctypes.byref(text)) == _SUCCESS and text.value is not None
-        return text.value.decode() if known and text.value is not None else f"error {error}"
+        if self._name(error, ctypes.byref(text)) == _SUCCESS and text.value:
+            return text.value.decode()
+        return f"error {error}"
 
 
 class PageLock:

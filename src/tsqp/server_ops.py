@@ -296,10 +296,8 @@ class Operators:
 
     def linear(self, target: LinearTarget, h: torch.Tensor) -> list[torch.Tensor]:
         """``h`` [.., in], checked here, through the target's modules: one [.., out_i] each, on the device."""
-        wire, passed = h.dtype, target.passed
-        if wire is not passed[0] or h.shape != passed[1]:
-            self._check_linear(h, target)
-            target.passed = (wire, h.shape)
+        self._check_linear(h, target)
+        wire = h.dtype
         if self._graphs is not None:
             on_device = h.to(self._device, non_blocking=True)
             key = (target.key, wire, h.shape)
@@ -310,6 +308,9 @@ class Operators:
         return _through(target.modules, wire, h)
 
     def _check_linear(self, h: torch.Tensor, target: LinearTarget) -> None:
+        passed = target.passed
+        if h.dtype is passed[0] and h.shape == passed[1]:
+            return
         wire, shape, width = _wire_dtype(h), h.shape, target.width
         if not shape or shape[-1] != width:
             raise RemoteError(
@@ -317,6 +318,7 @@ class Operators:
                 Status.BAD_SHAPE,
             )
         self._check_reply(h.numel() // width * target.outs, wire, len(shape))
+        target.passed = (wire, shape)
 
     def _check_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         geometry = self._served.geometry
