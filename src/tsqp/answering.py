@@ -248,12 +248,8 @@ class Answering:
             else:
                 session.channel.send(
                     tensors,
-                    tag=msg.tag,
                     meta=meta,
-                    request_id=msg.request_id,
-                    site=msg.site,
-                    index=msg.index,
-                    timeout=_REPLY_TIMEOUT_S,
+                    **_in_reply_to(msg),
                     compute_ns=request.compute_ns,
                     queue_ns=queue_ns,
                     transfer=True,  # fresh results: a large one need not be waited for
@@ -270,34 +266,20 @@ class Answering:
 
     def _send_from_device(self, request: Request, tensors: list[torch.Tensor], meta: Any, queue_ns: int) -> None:
         assert self._cuda is not None
-        msg = request.message
         request.compute_ns = self._cuda.send(
             request.session.channel,
             tensors,
             # Launching returns at once: what it took so far is counted on until the results are in the slot.
             time.perf_counter_ns() - request.compute_ns,
             queue_ns,
-            tag=msg.tag,
             meta=meta,
-            request_id=msg.request_id,
-            site=msg.site,
-            index=msg.index,
-            timeout=_REPLY_TIMEOUT_S,
+            **_in_reply_to(request.message),
         )
 
     def _refuse(self, session: Session, msg: Any, text: str, status: int) -> None:
         session.errors += 1
         self.errors += 1
-        session.channel.send(
-            (),
-            tag=msg.tag,
-            meta={"error": text[:MAX_ERROR_CHARS]},
-            request_id=msg.request_id,
-            status=int(status),
-            site=msg.site,
-            index=msg.index,
-            timeout=_REPLY_TIMEOUT_S,
-        )
+        session.channel.send((), meta={"error": text[:MAX_ERROR_CHARS]}, status=int(status), **_in_reply_to(msg))
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -330,6 +312,17 @@ class Answering:
                     self._refuse(session, msg, "the server is shutting down", Status.SHUTTING_DOWN)
         except (TsqpError, OSError) as error:
             log.info("client %s left while the server stopped: %s", channel.peer, error)
+
+
+def _in_reply_to(msg: Any) -> dict[str, Any]:
+    """What every reply repeats of its request, and how long it may take to be sent."""
+    return {
+        "tag": msg.tag,
+        "request_id": msg.request_id,
+        "site": msg.site,
+        "index": msg.index,
+        "timeout": _REPLY_TIMEOUT_S,
+    }
 
 
 def _operator_fault(error: Exception, tag: int) -> tuple[str, Status]:
