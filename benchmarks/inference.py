@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tsqp.linear_backends import BACKENDS
 from tsqp.placement import PLACEMENTS
 
 from . import bars, baselines, inference_growth, inference_plots, inference_report, machine
@@ -65,6 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--baseline", action="append", choices=list(baselines.TITLES), help="may be repeated; all")
     add("--no-baselines", action="store_true", help="none of them")
     add("--threads", type=_positive, help="torch's, a side; 2 on a CPU, up to 8 on CUDA")
+    add("--linear-backend", choices=BACKENDS, default="auto", help="of the server, see GPUServer (auto)")
     add("--rounds", type=_positive, default=5, help="of stock and split in turn (5)")
     add("--decode", type=_positive, default=8, metavar="N", help="decode steps a round (8)")
     add("--device", default="cpu", help="the server's and stock's: cpu or cuda:0")
@@ -98,7 +100,7 @@ def _positive(text: str) -> int:
 
 def measure(options: argparse.Namespace, setting: Setting, dtype: str) -> dict[str, Any]:
     """One dtype: the peaks of the device, and every contestant in turn with stock."""
-    spec = Spec(options.model, options.layers, dtype, options.device, options.threads)
+    spec = Spec(options.model, options.layers, dtype, options.device, options.threads, options.linear_backend)
     skipped: dict[str, str] = {}
     most = len(options.placement) + len(options.baseline)
     with setting.part(1 + most * options.rounds):
@@ -127,7 +129,9 @@ def trace_path(path: Path, dtype: str, key: str) -> Path:
 
 def grow(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """The growth of the first dtype's prefill, without baselines."""
-    spec = Spec(options.model, options.layers, options.dtype[0], options.device, options.threads)
+    spec = Spec(
+        options.model, options.layers, options.dtype[0], options.device, options.threads, options.linear_backend
+    )
     wanted = contestants(options.placement, ())
     sizes = len(options.growth_tokens) + len(options.growth_layers)
     with setting.part(sizes * (1 + len(wanted))):

@@ -125,7 +125,14 @@ def _run_server(pipe: Connection, spec: Spec, endpoint: str, addresses: dict[str
     with _told(pipe), contextlib.suppress(EOFError):
         model = build(spec)
         with (
-            tsqp.GPUServer(model, endpoint, device=spec.device, dtype=spec.dtype) as server,
+            tsqp.GPUServer(
+                model,
+                endpoint,
+                device=spec.device,
+                dtype=spec.dtype,
+                linear_backend=spec.linear_backend,
+                pack_weights=None if spec.linear_backend == "torch" else True,  # as of a checkpoint
+            ) as server,
             baselines.serving(model, spec.device, addresses),
         ):
             pipe.send((True, server.endpoint))

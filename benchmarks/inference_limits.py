@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+from tsqp.linear_backends import ONEDNN, PACKED, TORCH, working_products
 
 from .inference_model import SIZES, Spec
 
@@ -46,7 +49,7 @@ def measure_peaks(spec: Spec) -> Peaks:
     rows, inner, columns = _MATMUL[kind]
     a = torch.randn(rows, inner, device=device).to(spec.torch_dtype)
     b = torch.randn(columns, inner, device=device).to(spec.torch_dtype)
-    matmul_s = _best(lambda: torch.nn.functional.linear(a, b), device)
+    matmul_s = min(_best(partial(product, a), device) for product in _products(b))
     source = torch.ones(_BANDWIDTH_BYTES[kind] // 4, device=device)
     target = torch.empty_like(source)
     reads = source.nbytes / _best(source.sum, device)
@@ -57,6 +60,15 @@ def measure_peaks(spec: Spec) -> Peaks:
         there = torch.empty_like(pinned, device=device)
         link = pinned.nbytes / _best(lambda: there.copy_(pinned, non_blocking=True), device)
     return Peaks(2 * rows * inner * columns / matmul_s, max(reads, copies), link)
+
+
+def _products(weight: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """The ways a server may multiply by a weight."""
+    columns, inner = weight.shape
+    linear = torch.nn.Linear(inner, columns, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    ways = (TORCH, ONEDNN, PACKED) if weight.device.type == "cpu" else (TORCH,)
+    return list(working_products(linear, ways).values())
 
 
 def _best(call: Callable[[], Any], device: torch.device) -> float:

@@ -41,6 +41,7 @@ class Spec:
     dtype: str
     device: str
     threads: int
+    linear_backend: str = "auto"
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(

@@ -85,6 +85,8 @@ def serve(
     kv_limit_bytes: options.KvLimitBytes = None,
     batching: options.Batching = True,
     compile_mlps: options.Compile = False,
+    linear_backend: options.LinearBackend = "auto",
+    pack_weights: options.PackWeights = None,
 ) -> None:
     """Serves the heavy operators of a model until Ctrl-C or SIGTERM, then prints transfer statistics."""
     path = checkpoint(model)
@@ -107,6 +109,8 @@ def serve(
             kv_limit_bytes=MAX_KV_BYTES if kv_limit_bytes is None else kv_limit_bytes,
             batching=batching,
             compile=compile_mlps,
+            linear_backend=linear_backend,
+            pack_weights=pack_weights,
             progress=tell,
         )
     show_log()

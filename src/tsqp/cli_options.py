@@ -96,6 +96,14 @@ KvLimitBytes = Annotated[
 ]
 Batching = Annotated[bool, typer.Option(help="Compute requests of several runners together where that is faster.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the layers' MLPs (torch.compile); takes a minute.")]
+LinearBackend = Annotated[
+    str,
+    typer.Option(metavar="auto|torch|onednn", help="How linear modules are computed on a CPU; auto: what is faster."),
+]
+PackWeights = Annotated[
+    bool | None,
+    typer.Option(show_default=False, help="oneDNN's own layout of weights. Default: of those no two modules share."),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")]
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")]
 DemoPrompt = Annotated[

@@ -40,23 +40,27 @@ _LOAD_FAULTS = (
 class ServedModule:
     """A module that may be called by name: ``call`` maps a tensor on the device to the output tensor."""
 
-    __slots__ = ("call", "dtype", "info", "name")
+    __slots__ = ("call", "dtype", "info", "linear", "name", "weight")
 
     def __init__(self, name: str, module: nn.Module) -> None:
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         self.name = name
+        self.weight = weight
         self.dtype = weight.dtype
         self.info = _describe(module)
         # The plain class skips nn.Module's dispatch; a subclass (a scaled embedding, say) keeps its own
         # forward.
         self.call: Callable[[torch.Tensor], torch.Tensor] = module
-        if type(module) is nn.Linear:
-            self.call = _plain_linear(module)
+        #: The module where it is of that plain class.
+        self.linear: nn.Linear | None = module if type(module) is nn.Linear else None
+        if self.linear is not None:
+            self.call = torch_product(self.linear)
 
 
-def _plain_linear(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = module.weight.detach()
-    bias = None if module.bias is None else module.bias.detach()
+def torch_product(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``F.linear`` with the module's weight and bias, without nn.Module's dispatch."""
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
     return lambda x: F.linear(x, weight, bias)
 
 
@@ -64,6 +68,7 @@ class ServedModel:
     """A model split into modules by name, and the description of it that a runner gets."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model: Any = model
         self.device = device
         self.modules = {
             name: ServedModule(name, module)

@@ -22,6 +22,7 @@ from .cuda import CudaWork
 from .errors import (
     ConfigError,
 )
+from .linear_backends import choose_backends
 from .listener import check_endpoint, listen
 from .loading import Progress, load_model
 from .protocol import (
@@ -53,8 +54,11 @@ class GPUServer:
     and V kept per client, ``reply_limit_bytes`` the largest result a request may ask for, ``shm`` and
     ``wait`` are those of :func:`listen`. ``batching`` lets requests of several clients for the same linear modules be
     computed as one where that was measured to be faster. ``compile`` compiles the layers' MLPs with ``torch.compile``
-    (True: inductor; or a backend's name), for ``fused`` and ``layer``. ``progress`` is called with a line per phase of
-    loading.
+    (True: inductor; or a backend's name), for ``fused`` and ``layer``. ``linear_backend`` says how linear modules are
+    computed on a CPU: ``torch``, ``onednn``, or ``auto``, whichever is measured to be faster. With oneDNN, weights may
+    be *packed*, laid out as its kernels read them: those of a loaded checkpoint are, instead of their plain form; with
+    ``pack_weights=True`` also a ready model's and those that modules share, which takes their memory a second time;
+    with False none. ``progress`` is called with a line per phase of loading.
 
     The model is loaded by the constructor; the endpoint is bound by :meth:`serve`, which blocks, or
     :meth:`start`, which returns. Raises :class:`ModelNotFoundError`, :class:`ModelError`,
@@ -78,6 +82,8 @@ class GPUServer:
         wait: str = "auto",
         batching: bool = True,
         compile: bool | str = False,
+        linear_backend: str = "auto",
+        pack_weights: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("max_clients", max_clients)):
@@ -99,6 +105,14 @@ class GPUServer:
         self._threads = threads
         self._kv_limit_bytes = kv_limit_bytes
         self._served = load_model(model_or_path, device, dtype, progress)
+        self._linear_ways = choose_backends(
+            self._served,
+            linear_backend,
+            pack=pack_weights,
+            owned=not isinstance(model_or_path, nn.Module),
+            threads=threads,
+            compiled=bool(compile),
+        )
         if compile:
             compile_mlps(self._served, "inductor" if compile is True else compile)
         self._operators = Operators(self._served, reply_limit_bytes)
@@ -167,7 +181,8 @@ class GPUServer:
         clients.
 
         ``seconds`` is the time since the server was made, ``busy_seconds`` the part of it spent on requests;
-        ``joined_requests`` of several clients were computed together.
+        ``joined_requests`` of several clients were computed together; ``linear_modules`` counts the linear modules by
+        the way they are computed: ``torch``, ``onednn``, ``onednn_packed``.
         """
         answering = self._answering
         sessions = list(answering.sessions.values())
@@ -181,6 +196,7 @@ class GPUServer:
             "joined_requests": answering.joined,
             "busy_seconds": answering.busy_ns / 1e9,
             "page_locked_clients": sum(bool(session.page_lock and session.page_lock.pinned) for session in sessions),
+            "linear_modules": dict(self._linear_ways),
             "kv_bytes": sum(session.kv_bytes for session in sessions),
             **self.telemetry.snapshot(),
             **answering.transfers(),
