@@ -12,8 +12,9 @@ systems tsqp replaces, are measured the same way (see benchmarks/baselines).
 
 floor      FLOPs and bytes (weights, K and V once) over the best matmul and memory bandwidth of this run
 server     the server's computing, as its replies say
-wire       time in calls but for that: both ways and waiting
-runner     the rest of the model's forward: its own operators, transformers' Python
+wire       time in which a call was under way, but for that: both ways and waiting, and what the runner did meanwhile
+           that took longer than the server
+runner     the rest: no call under way; its own operators and transformers' Python
 overhead   time of a forward minus the server's computing, per round trip: the runner's own operators are in it, "in
            calls" leaves them out
 

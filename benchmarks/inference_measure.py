@@ -64,28 +64,24 @@ def connected(contestant: Contestant, ends: Ends) -> Iterator[tuple[Timed, Any]]
 
 @dataclass(frozen=True)
 class Count:
-    """A client's counters, and seconds added up from its telemetry.
+    """A client's counters, and seconds.
 
-    ``server_s`` is the server's computing as its replies say, ``calls_s`` the time from a request's sending until its
-    reply was read, ``runner_s`` everything else in the model's forward. Where calls overlap with the runner's work or
-    with each other, these are more than the time that passed.
+    ``server_s`` is the server's computing as its replies say, ``calls_s`` the time in which a call was under way, one
+    or several together. The runner's own operators may be busy meanwhile; what is left of a forward is theirs alone.
     """
 
     counters: dict[str, int]
     server_s: float
     calls_s: float
-    runner_s: float
 
     @classmethod
     def of(cls, client: Any) -> Count:
         stats = client.stats
-        operators = stats["operators"].items()
-        remote = [row for name, row in operators if name.startswith("gpu_")]
+        remote = [row for name, row in stats["operators"].items() if name.startswith("gpu_")]
         return cls(
             {name: stats[name] for name in COUNTERS},
             sum(row["server_seconds"] for row in remote),
-            sum(row["seconds"] for row in remote),
-            sum(row["seconds"] for name, row in operators if name.startswith("tee_")),
+            stats["busy_seconds"],
         )
 
     def __sub__(self, before: Count) -> Count:
@@ -93,7 +89,6 @@ class Count:
             {name: self.counters[name] - before.counters[name] for name in COUNTERS},
             self.server_s - before.server_s,
             self.calls_s - before.calls_s,
-            self.runner_s - before.runner_s,
         )
 
 
@@ -135,11 +130,11 @@ class Phase:
         }
 
     def parts_ms(self) -> dict[str, float]:
-        """Where the split's time goes: the server's computing, calls but for that, the runner's own operators."""
+        """Where the split's time goes: the server's computing, calls but for that, the runner alone."""
         return {
             "server_ms": 1e3 * self.middle(lambda _, count: count.server_s),
             "wire_ms": 1e3 * self.middle(lambda _, count: count.calls_s - count.server_s),
-            "runner_ms": 1e3 * self.middle(lambda _, count: count.runner_s),
+            "runner_ms": 1e3 * self.middle(lambda spent_s, count: spent_s - count.calls_s),
         }
 
 

@@ -12,8 +12,8 @@ from .plots import DPI, INCHES
 #: Key of a part in the result -> its label and colour.
 PARTS = {
     "server_ms": ("server computing", "tab:blue"),
-    "wire_ms": ("calls: wire and waiting", "tab:orange"),
-    "runner_ms": ("runner's own operators", "tab:green"),
+    "wire_ms": ("calls but for that", "tab:orange"),
+    "runner_ms": ("the runner alone", "tab:green"),
 }
 _STOCK_COLOUR = "0.6"
 _MARKERS = "osD^vP*X"

@@ -77,20 +77,13 @@ class BaselineClient:
             self.telemetry.add(operator, spent, head["compute_ns"])
         return replies
 
-    def forward_began(self, *_: Any) -> None:
-        """A forward pre-hook of the model."""
-        self._calls_ns, self._begin_ns = 0, time.perf_counter_ns()
-
-    def forward_ended(self, *_: Any) -> None:
-        """A forward hook: what was not in calls is the runner's."""
-        self.telemetry.add("tee_other", time.perf_counter_ns() - self._begin_ns - self._calls_ns)
-
     @property
     def stats(self) -> dict[str, Any]:
         """As :attr:`tsqp.GPUClient.stats`, as far as the benchmark looks at it."""
         names = ("shm_transfers", "shm_bytes", "zmq_transfers", "zmq_bytes")
         counters = {name: getattr(self._wire, name) for name in names}
-        return {"round_trips": self.round_trips, **counters, **self.telemetry.snapshot()}
+        busy = {"busy_seconds": self._calls_ns / 1e9}
+        return {"round_trips": self.round_trips, **counters, **busy, **self.telemetry.snapshot()}
 
     def close(self) -> None:
         self._wire.close()
@@ -121,8 +114,6 @@ def connect(key: str, address: tuple[str, Path, Path] | tuple[str]) -> Any:
     except BaseException:
         client.close()
         raise
-    model.register_forward_pre_hook(client.forward_began)
-    model.register_forward_hook(client.forward_ended)
     model.tsqp_client, model.close = client, client.close
     return model
 
