@@ -41,8 +41,11 @@ class RecordingDriver:
     def synchronize(self, device=None):
         self.log.append("synchronize")
 
-    def record(self):
-        self.log.append("record")
+    def current_stream(self, device=None):
+        return f"stream of {device}"
+
+    def record(self, stream):
+        self.log.append(f"record {stream}")
 
     def Event(self):  # noqa: N802
         return self
@@ -111,6 +114,8 @@ def test_replies_are_copied_into_their_slot(tmp_path, shm):
         assert len(driver.registered) == int(shm)
     assert driver.registered == {}
     assert driver.log.count("synchronize") >= 9
+    # Never the stream of whichever device is the thread's current one.
+    assert {line for line in driver.log if "record" in line} == {"record stream of cpu"}
 
 
 def test_a_dead_clients_memory_is_unlocked(tmp_path):

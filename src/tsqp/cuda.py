@@ -9,7 +9,7 @@ written while a copy runs.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
+from .cuda_driver import SUCCESS, Driver
+
 log = logging.getLogger("tsqp.server")
 
-_SUCCESS = 0
-#: Page-locked for every context of the process.
-_REGISTER_PORTABLE = 1
 #: A module is captured as a graph when it was called this often with one shape, of at most so many rows.
 _CALLS_BEFORE_CAPTURE, _MAX_GRAPH_ROWS = 4, 16
 #: Graphs kept; each holds its inputs and outputs on the device.
@@ -30,34 +29,13 @@ _MAX_GRAPHS = 1024
 _WARM_UP_RUNS = 3
 
 
-class Driver:
-    """The three calls of the CUDA driver that torch has no face for.
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A ``with`` block in whose thread a CUDA device is the current one.
 
-    The driver's calls return their error and keep none: an error of the runtime's ``cudaHostRegister`` would be
-    raised by whatever torch does next.
+    That is what streams, events and kernels of other libraries are made for where nobody names a device, and another
+    thread's choice does not hold in this one.
     """
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL("libcuda.so.1")
-        self._register = library.cuMemHostRegister_v2
-        self._register.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
-        self._unregister = library.cuMemHostUnregister
-        self._unregister.argtypes = (ctypes.c_void_p,)
-        self._name = library.cuGetErrorName
-        self._name.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
-
-    def register(self, address: int, nbytes: int) -> int:
-        """Page-locks memory for the device; returns 0 or the driver's error."""
-        return int(self._register(address, nbytes, _REGISTER_PORTABLE))
-
-    def unregister(self, address: int) -> int:
-        return int(self._unregister(address))
-
-    def error_name(self, error: int) -> str:
-        text = ctypes.c_char_p()
-        if self._name(error, ctypes.byref(text)) == _SUCCESS and text.value:
-            return text.value.decode()
-        return f"error {error}"
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class PageLock:
@@ -74,7 +52,7 @@ class PageLock:
             self.reason = "no shared memory"
             return
         error = driver.register(*mapping)
-        if error == _SUCCESS:
+        if error == SUCCESS:
             self._address = mapping[0]
         else:
             self.reason = f"cuMemHostRegister of {mapping[1]} bytes: {driver.error_name(error)}"
@@ -92,7 +70,7 @@ class PageLock:
             except RuntimeError as fault:  # of an earlier kernel: whoever called that is told
                 log.warning("the device has failed: %s", str(fault).partition("\n")[0])
             error = self._driver.unregister(address)
-            if error != _SUCCESS:
+            if error != SUCCESS:
                 log.warning("cuMemHostUnregister: %s", self._driver.error_name(error))
 
 
@@ -101,8 +79,9 @@ class CudaWork:
 
     def __init__(self, device: torch.device, driver: Any = None, runtime: Any = torch.cuda) -> None:
         self._device = device
-        self._driver = Driver() if driver is None else driver
+        self._driver = Driver(_number(device)) if driver is None else driver
         self._synchronize = partial(runtime.synchronize, device)
+        self._stream = partial(runtime.current_stream, device)
         self._done = runtime.Event()
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -128,11 +107,16 @@ class CudaWork:
         with reservation as slot:
             for out, result in zip(slot, tensors, strict=True):
                 out.copy_(result, non_blocking=True)
-            self._done.record()
+            # The copies' stream by name: without one it is that of the thread's device, which may be another.
+            self._done.record(self._stream())
             self._done.synchronize()
             compute_ns = time.perf_counter_ns() - begin_ns
             reservation.set_times(compute_ns, queue_ns)
         return compute_ns
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 class Graphs:

@@ -171,6 +171,13 @@ class RemoteError(TsqpError):
         self.code = code
 
 
+# --- devices -----------------------------------------------------------------------------------------------
+
+
+class DeviceError(TsqpError, RuntimeError):
+    """The CUDA driver is missing, can't do what is asked, or refused it; the message names the call."""
+
+
 # --- models ------------------------------------------------------------------------------------------------
 
 

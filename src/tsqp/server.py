@@ -18,7 +18,7 @@ from torch import nn
 from . import config
 from .answering import Answering
 from .compiling import compile_mlps
-from .cuda import CudaWork
+from .cuda import CudaWork, current
 from .errors import (
     ConfigError,
 )
@@ -216,7 +216,7 @@ class GPUServer:
     def _open(self) -> None:
         self._stopping = False
         if self._served.device.type == "cuda":
-            with torch.inference_mode():
+            with torch.inference_mode(), current(self._served.device):
                 self._operators.warm_up()
         if self._served.device.type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             log.warning("set OMP_WAIT_POLICY=passive: torch's idle threads starve a runner on the same cores")
@@ -229,7 +229,7 @@ class GPUServer:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), current(self._served.device):
                 while not self._stopping:
                     self._turn_all(self._listener.wait(_WAIT_S))
         except BaseException as error:
