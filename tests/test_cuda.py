@@ -9,7 +9,7 @@ import torch
 from carriers import CARRIERS, pair_over
 from rpc_support import HIDDEN, client_of, serving, tiny_model, until
 
-from tsqp.cuda import CudaWork, Graphs, PageLock
+from tsqp.cuda import Capture, CudaWork, Graphs, PageLock
 
 PATIENCE_S = 20.0
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -178,6 +178,107 @@ def test_shapes_without_number_do_not_fill_the_graphs():
     assert len(graphs._graphs) <= 1024
 
 
+def test_what_can_not_be_captured_is_computed_without_a_graph(caplog):
+    tried = []
+
+    def refuse(function, x):
+        tried.append(x.shape)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    graphs = Graphs(refuse)
+    x = torch.ones(1, 4)
+    for _ in range(12):
+        assert torch.equal(graphs.run("a", lambda x: x + 1, x, rows=1), x + 1)
+    assert tried == [x.shape]  # once and never again
+    assert "computing without a CUDA graph: CUDA error: operation not permitted" in caplog.text
+
+
+class Noted:
+    """Stands for torch.cuda where graphs are captured; notes what is done, and in which stream."""
+
+    def __init__(self):
+        self.log, self.streams = [], ["main"]
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.log.append(f"on {device}")
+        yield
+
+    def graph_pool_handle(self):
+        self.log.append("pool")
+        return "pool"
+
+    def Stream(self):  # noqa: N802
+        return NotedStream(self, "side")
+
+    def current_stream(self):
+        return NotedStream(self, "main")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.streams.append(stream.name)
+        yield
+        self.streams.pop()
+
+    def CUDAGraph(self):  # noqa: N802
+        return NotedGraph(self)
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        self.log.append(f"begin {pool} {stream.name} {capture_error_mode}")
+        with self.stream(stream):
+            yield
+        self.log.append("end")
+
+
+class NotedStream:
+    def __init__(self, noted, name):
+        self.noted, self.name = noted, name
+
+    def wait_stream(self, other):
+        self.noted.log.append(f"{self.name} waits for {other.name}")
+
+
+class NotedGraph:
+    def __init__(self, noted):
+        self.noted = noted
+
+    def replay(self):
+        self.noted.log.append("replay")
+
+
+def test_graphs_are_captured_on_one_side_stream_and_share_a_pool():
+    noted = Noted()
+    capture = Capture(noted)
+
+    def double(x):
+        noted.log.append(f"computes in {noted.streams[-1]}")
+        return x * 2
+
+    replay = capture(double, torch.ones(2))
+    captured = ["side waits for main", *["computes in side"] * 3, "main waits for side", "begin pool side thread_local"]
+    assert noted.log == ["on cpu", "pool", *captured, "computes in side", "end"]
+    noted.log.clear()
+    assert torch.equal(replay(torch.full((2,), 3.0)), torch.full((2,), 2.0))  # where it was captured to
+    assert noted.log == ["replay"]
+    capture(double, torch.ones(2))
+    assert noted.log == ["replay", "on cpu", *captured, "computes in side", "end"]
+
+
+def test_a_captured_input_is_the_graphs_own():
+    seen = []
+
+    def remember(x):
+        seen.append(x)
+        return x
+
+    given = torch.ones(2)
+    replay = Capture(Noted())(remember, given)
+    replay(torch.full((2,), 7.0))
+    assert torch.equal(seen[-1], torch.full((2,), 7.0))  # what a replay computes from
+    assert torch.equal(given, torch.ones(2))
+
+
 def test_the_segments_address_is_where_its_slots_are(endpoint):
     with pair_over(CARRIERS["ring"], endpoint) as both:
         for channel in (both.server, both.client):
@@ -195,6 +296,21 @@ def test_a_model_on_the_device_equals_the_model_on_the_cpu(tmp_path):
         for _ in range(20):  # by itself first, then as a graph
             torch.testing.assert_close(client.lm_head(h), expected, rtol=1e-4, atol=1e-4)
         assert server.stats["page_locked_clients"] == 1
+
+
+@needs_cuda
+def test_graphs_that_share_memory_compute_what_each_is_for():
+    graphs = Graphs()
+    weights = [torch.randn(8, 8, device="cuda") for _ in range(5)]
+    with torch.inference_mode():
+        for turn in range(12):
+            for number, weight in enumerate(weights):
+                for rows in (1, 3):
+                    x = torch.full((rows, 8), float(turn + number), device="cuda")
+                    found = graphs.run((number, rows), lambda x, w=weight: (x @ w).relu() @ w, x, rows).cpu()
+                    expected = ((x @ weight).relu() @ weight).cpu()
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+    assert len(graphs._graphs) == 10
 
 
 def noting(module, called):

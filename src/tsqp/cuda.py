@@ -122,11 +122,12 @@ def _number(device: torch.device) -> int:
 class Graphs:
     """CUDA graphs of functions of one tensor, for inputs so small that launching costs more than computing.
 
-    A graph's outputs are overwritten by its next run: they are to be copied away before.
+    A graph's outputs are overwritten by the next run of it or of another, since they share memory: they are to be
+    copied away before.
     """
 
     def __init__(self, capture: Callable[[Callable[[Any], Any], Any], Callable[[Any], Any]] | None = None) -> None:
-        self._capture = _capture if capture is None else capture
+        self._capture = Capture() if capture is None else capture
         self._calls: dict[Any, int] = {}
         self._graphs: dict[Any, Callable[[Any], Any]] = {}
 
@@ -143,26 +144,51 @@ class Graphs:
         if self._calls[key] < _CALLS_BEFORE_CAPTURE:
             return function(x)
         del self._calls[key]
-        self._graphs[key] = graph = self._capture(function, x)
+        self._graphs[key] = graph = self._captured(function, x)
         return graph(x)
 
+    def _captured(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        """The function's graph; the function itself where it can't be captured, or there is no memory for it."""
+        try:
+            return self._capture(function, x)
+        except RuntimeError as fault:  # a device that has failed says so again when the function is called
+            log.warning("computing without a CUDA graph: %s", str(fault).partition("\n")[0])
+            return function
 
-def _capture(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    """``function`` recorded for inputs like ``x`` (torch.cuda.graphs: warmed up on a side stream, then captured)."""
-    static_in = x.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP_RUNS):
-            function(static_in)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        static_out = function(static_in)
 
-    def replay(given: torch.Tensor) -> Any:
-        static_in.copy_(given, non_blocking=True)
-        graph.replay()
-        return static_out
+class Capture:
+    """Records functions as graphs (torch.cuda.graphs: warmed up on a side stream, then captured).
 
-    return replay
+    All graphs share a pool of memory, else each would keep megabytes of its own, and are captured on one stream,
+    since cuBLAS keeps a workspace for every stream it has seen.
+    """
+
+    def __init__(self, runtime: Any = torch.cuda) -> None:
+        self._runtime = runtime
+        self._side: Any = None
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        """``function`` for inputs like ``x``, which is on the device."""
+        runtime = self._runtime
+        with runtime.device(x.device):
+            if self._side is None:
+                self._side, self._pool = runtime.Stream(), runtime.graph_pool_handle()
+            side, current = self._side, runtime.current_stream()
+            static_in = x.clone()
+            side.wait_stream(current)
+            with runtime.stream(side):
+                for _ in range(_WARM_UP_RUNS):
+                    function(static_in)
+            current.wait_stream(side)
+            graph = runtime.CUDAGraph()
+            # What other threads of the process do with the device meanwhile is none of the capture's business.
+            with runtime.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                static_out = function(static_in)
+
+        def replay(given: torch.Tensor) -> Any:
+            static_in.copy_(given, non_blocking=True)
+            graph.replay()
+            return static_out
+
+        return replay
