@@ -1,4 +1,4 @@
-"""Builds and reads ``c/fake_cuda.c``, a CUDA driver for where there is no GPU."""
+"""Stands for CUDA where there is no GPU: a driver built of ``c/fake_cuda.c``, and one that only remembers."""
 
 from __future__ import annotations
 
@@ -33,3 +33,39 @@ def calls(library: str) -> list[str]:
     tell.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
     tell(text, LOG_BYTES)
     return text.value.decode().splitlines()
+
+
+class RecordingDriver:
+    """Stands for the CUDA driver and torch.cuda: remembers what is registered, refuses where told to."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.registered: dict[int, int] = {}
+        self.log: list[str] = []
+
+    def register(self, address, nbytes):
+        if self.error:
+            return self.error
+        self.registered[address] = nbytes
+        self.log.append("register")
+        return 0
+
+    def unregister(self, address):
+        del self.registered[address]
+        self.log.append("unregister")
+        return 0
+
+    def error_name(self, error):
+        return f"CUDA_ERROR_{error}"
+
+    def synchronize(self, device=None):
+        self.log.append("synchronize")
+
+    def current_stream(self, device=None):
+        return f"stream of {device}"
+
+    def record(self, stream):
+        self.log.append(f"record {stream}")
+
+    def Event(self):  # noqa: N802
+        return self

@@ -7,48 +7,13 @@ import contextlib
 import pytest
 import torch
 from carriers import CARRIERS, pair_over
+from fake_cuda import RecordingDriver
 from rpc_support import HIDDEN, client_of, serving, tiny_model, until
 
 from tsqp.cuda import Capture, CudaWork, Graphs, PageLock
 
 PATIENCE_S = 20.0
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-
-
-class RecordingDriver:
-    """Stands for the CUDA driver: remembers what is registered, refuses where told to."""
-
-    def __init__(self, error: int = 0) -> None:
-        self.error = error
-        self.registered: dict[int, int] = {}
-        self.log: list[str] = []
-
-    def register(self, address, nbytes):
-        if self.error:
-            return self.error
-        self.registered[address] = nbytes
-        self.log.append("register")
-        return 0
-
-    def unregister(self, address):
-        del self.registered[address]
-        self.log.append("unregister")
-        return 0
-
-    def error_name(self, error):
-        return f"CUDA_ERROR_{error}"
-
-    def synchronize(self, device=None):
-        self.log.append("synchronize")
-
-    def current_stream(self, device=None):
-        return f"stream of {device}"
-
-    def record(self, stream):
-        self.log.append(f"record {stream}")
-
-    def Event(self):  # noqa: N802
-        return self
 
 
 def test_page_lock_is_given_back_after_the_last_copy_and_once():
