@@ -32,11 +32,18 @@ def fork_server_pid() -> int | None:
 
 
 class Peer:
-    """A process that runs ``target(wire, *arguments)``."""
+    """A process that runs ``target(wire, *arguments)``, for `life_s` seconds at most."""
 
-    def __init__(self, target: Callable[..., object], *arguments: object, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        target: Callable[..., object],
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        life_s: float = LIFE_S,
+    ) -> None:
         self._wire, theirs = _context.Pipe()
-        self.process = _context.Process(target=_run, args=(theirs, dict(env or {}), target, arguments), daemon=True)
+        run = (theirs, dict(env or {}), life_s, target, arguments)
+        self.process = _context.Process(target=_run, args=run, daemon=True)
         self.process.start()
         theirs.close()
         self.pid: int = self.process.pid
@@ -96,8 +103,10 @@ class Peer:
         self._wire.close()
 
 
-def _run(wire: Connection, env: Mapping[str, str], target: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    faulthandler.dump_traceback_later(LIFE_S, exit=True)
+def _run(
+    wire: Connection, env: Mapping[str, str], life_s: float, target: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    faulthandler.dump_traceback_later(life_s, exit=True)
     os.environ.update(env)
     try:
         target(wire, *arguments)

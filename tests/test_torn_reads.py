@@ -6,8 +6,8 @@ parts of a message cut through, a tile and a whole slot. ``TSQP_SOAK=1`` makes i
 
 from __future__ import annotations
 
+import ctypes
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from random import Random
@@ -23,9 +23,10 @@ import tsqp
 StartPeer = Callable[..., Peer]
 
 SOAK = os.environ.get("TSQP_SOAK") == "1"
-#: A process of the tests lives 200 s (peers.LIFE_S): the long form is many rounds of the short one.
-ROUNDS = 100 if SOAK else 1
-MESSAGES = {"small": 75_000, "pages": 24_000, "parts": 4_000}
+ROUNDS, LENGTH = (4, 25) if SOAK else (1, 1)
+MESSAGES = {kind: count * LENGTH for kind, count in {"small": 75_000, "pages": 24_000, "parts": 4_000}.items()}
+#: A last resort: what ends a run that hangs is that no single message may take longer than PATIENCE_S.
+LIFE_S = 3600.0 if SOAK else 170.0
 #: Slots and, for each kind of run, the sizes around which the messages' sizes lie, in bytes.
 CHUNKS = {"small": (4096, 4), "pages": (1 << 16, 5), "parts": (3 << 20, 3)}
 EDGES = {
@@ -34,6 +35,11 @@ EDGES = {
     "parts": (4096, 32768, 65536, 1 << 17, 1 << 20, (1 << 20) + (1 << 17), 2 << 20, (3 << 20) - 256),
 }
 DTYPES = tuple(map(np.dtype, ("u1", "i2", "f4", "i8")))
+#: Contents to choose from for each message, besides its number.
+CONTENTS = {"small": 2048, "pages": 512, "parts": 64}
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def _sizes(kind: str, random: Random) -> Iterator[list[int]]:
@@ -48,88 +54,120 @@ def _sizes(kind: str, random: Random) -> Iterator[list[int]]:
         yield [cut, nbytes - cut] if cut < nbytes else [nbytes]
 
 
+class Content:
+    """Tensors of random bytes, into each of which the number of the message they are used for is written."""
+
+    def __init__(self, sizes: list[int], random: Random, generator: np.random.Generator) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._stamps: list[np.ndarray] = []
+        for nbytes in sizes:
+            dtype = random.choice(DTYPES)
+            data = generator.integers(0, 256, nbytes // dtype.itemsize * dtype.itemsize, dtype=np.uint8)
+            self.tensors.append(torch.from_numpy(data.view(dtype)))
+            self._stamps.append(data[:8].view("<i8") if data.nbytes >= 8 else data)
+
+    def stamp(self, number: int) -> list[torch.Tensor]:
+        """The tensors of message `number`: it is in their first eight bytes, its low ones where there is less room."""
+        for stamp in self._stamps:
+            if stamp.dtype == np.uint8:
+                stamp[:] = tuple(number.to_bytes(8, "little")[: len(stamp)])
+            else:
+                stamp[0] = number
+        return self.tensors
+
+
 class Source:
-    """Random bytes to cut messages from; the same at both ends, of which no two messages are alike."""
+    """The messages of a run, the same at both ends; no two are alike."""
 
     def __init__(self, kind: str, seed: int) -> None:
-        self.bytes = np.random.default_rng(seed).integers(0, 256, CHUNKS[kind][0] * 2, dtype=np.uint8)
-        self.random, self.sizes = Random(seed), _sizes(kind, Random(seed + 1))
+        self._order, random, generator = Random(seed), Random(seed + 1), np.random.default_rng(seed)
+        sizes = _sizes(kind, Random(seed + 2))
+        self._contents = [Content(next(sizes), random, generator) for _ in range(CONTENTS[kind])]
 
-    def next(self, number: int) -> list[torch.Tensor]:
-        """Tensors of the `number`-th message, its number in their first bytes where there is room."""
-        tensors = []
-        for nbytes in next(self.sizes):
-            dtype = self.random.choice(DTYPES)
-            start = self.random.randrange(len(self.bytes) - nbytes)
-            data = self.bytes[start : start + nbytes // dtype.itemsize * dtype.itemsize].copy()
-            data[:8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)[: len(data[:8])]
-            tensors.append(torch.from_numpy(data.view(dtype)))
-        return tensors
+    def next(self) -> int:
+        """Which content the next message has."""
+        return int(self._order.random() * len(self._contents))
 
-
-def _checksum(tensors: list[torch.Tensor]) -> int:
-    value = 0
-    for tensor in tensors:
-        if tensor.numel() == 0:
-            continue  # such a tensor has no bytes to view
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
-    return value
+    def tensors(self, which: int, number: int) -> list[torch.Tensor]:
+        return self._contents[which].stamp(number)
 
 
 def send_all(wire: Connection, endpoint: str, kind: str, seed: int) -> None:
-    """Sends the messages as fast as they are taken, each with the checksum of its tensors."""
+    """Sends the messages as fast as they are taken."""
     source = Source(kind, seed)
     with tsqp.connect(endpoint) as channel:
         for number in range(MESSAGES[kind]):
-            tensors = source.next(number)
-            channel.send(tensors, request_id=number, index=_checksum(tensors), timeout=PATIENCE_S)
+            which = source.next()
+            channel.send(source.tensors(which, number), request_id=number, index=which, timeout=PATIENCE_S)
         wire.send(channel.stats)
         wire.recv()
 
 
-def _check(message: Any, number: int) -> None:
-    assert message.request_id == number
-    assert _checksum(message.tensors) == message.index, f"message {number} is torn"
+def _check(message: Any, number: int, which: int, source: Source) -> None:
+    """`message` is what was sent as the `number`-th, byte for byte."""
+    assert (message.request_id, message.index) == (number, which)
+    expected = source.tensors(which, number)
+    assert len(message.tensors) == len(expected)
+    for got, wanted in zip(message.tensors, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        assert got.shape == wanted.shape
+        assert _memcmp(got.data_ptr(), wanted.data_ptr(), wanted.nbytes) == 0, f"message {number} is torn"
 
 
-def _take(channel: Any, number: int, as_lease: bool, held: dict[int, Any]) -> None:
-    """The next message as a copy, or as a lease that is held."""
-    if as_lease:
-        held[number] = channel.lease(PATIENCE_S)
-        _check(held[number].message, number)
-    else:
-        _check(channel.recv(PATIENCE_S), number)
+class Reader:
+    """Takes the messages as copies and as leases; some leases it holds while the sender writes other slots."""
+
+    def __init__(self, channel: Any, kind: str, seed: int) -> None:
+        self._channel, self._source, self._random = channel, Source(kind, seed), Random(seed + 3)
+        self._slots = CHUNKS[kind][1]
+        self._held: dict[int, tuple[Any, int]] = {}
+
+    def take(self, number: int) -> None:
+        """The next message; some of those that are held are given back."""
+        if number - self._slots in self._held:  # the next message needs its entry
+            self._give_back(number - self._slots)
+        which = self._source.next()
+        if self._random.random() < 0.5:
+            lease = self._channel.lease(PATIENCE_S)
+            _check(lease.message, number, which, self._source)
+            self._held[number] = (lease, which)
+        else:
+            _check(self._channel.recv(PATIENCE_S), number, which, self._source)
+        while self._held and self._random.random() < 0.4:
+            self._give_back(self._random.choice(list(self._held)))
+
+    def _give_back(self, number: int) -> None:
+        """The sender wrote other slots meanwhile, never this one."""
+        lease, which = self._held.pop(number)
+        _check(lease.message, number, which, self._source)
+        lease.release()
+
+    def finish(self) -> None:
+        for number in list(self._held):
+            self._give_back(number)
 
 
-def _give_back(number: int, held: dict[int, Any]) -> None:
-    """The sender wrote other slots meanwhile, never this one."""
-    lease = held.pop(number)
-    _check(lease.message, number)
-    lease.release()
-
-
-@pytest.mark.watchdog(170)
+@pytest.mark.watchdog(LIFE_S)
 @pytest.mark.parametrize("seed", range(ROUNDS))
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_no_message_is_torn_lost_doubled_or_out_of_order(
     start_peer: StartPeer, endpoint: str, kind: str, seed: int
 ) -> None:
     chunk_bytes, chunks = CHUNKS[kind]
-    random, held = Random(seed + 2), dict[int, Any]()
     with tsqp.listen(endpoint, chunk_bytes, chunks) as listener:
-        sender = start_peer(send_all, endpoint, kind, seed)
+        sender = start_peer(send_all, endpoint, kind, seed, life_s=LIFE_S)
         with listener.accept(PATIENCE_S) as channel:
+            reader = Reader(channel, kind, seed)
             for number in range(MESSAGES[kind]):
-                if number - chunks in held:  # the next message needs its entry
-                    _give_back(number - chunks, held)
-                _take(channel, number, random.random() < 0.5, held)
-                while held and random.random() < 0.4:
-                    _give_back(random.choice(list(held)), held)
-            for number in list(held):
-                _give_back(number, held)
+                reader.take(number)
+            reader.finish()
             stats = sender.hear()
             assert stats["shm_transfers"] == MESSAGES[kind]
             assert channel.stats["received_messages"] == MESSAGES[kind]
             assert channel.stats["received_bytes"] == stats["sent_bytes"]
             sender.say("done")
             assert sender.join() == 0
+
+
+def test_enough_messages_are_sent() -> None:
+    assert ROUNDS * sum(MESSAGES.values()) >= (10_000_000 if SOAK else 100_000)
