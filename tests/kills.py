@@ -215,6 +215,8 @@ def kill(peer: Peer, delay_s: float) -> float:
     """Kills after a delay, and returns when; what went wrong in the victim before is raised."""
     time.sleep(delay_s)
     killed_at = time.monotonic()
-    peer.kill()
-    peer.check_last_words()
+    try:
+        peer.kill()
+    finally:
+        peer.check_last_words()  # also of one that ended by itself
     return killed_at

@@ -132,6 +132,38 @@ def shake_hands(dealer: zmq.Socket) -> None:
     dealer.send_multipart([READY, msgpack.packb({"shm": False, "native": True})])
 
 
+class HelloFirst:
+    """A listener's router that hands out a hello before a goodbye, whichever came first."""
+
+    def __init__(self, router: zmq.Socket) -> None:
+        self._router, self._ready = router, None
+
+    def recv_multipart(self, **options: object) -> list[zmq.Frame]:
+        if self._ready is None:
+            self._ready = [self._router.recv_multipart(copy=False) for _ in range(2)]
+            self._ready.sort(key=len)  # a hello has a body
+        return self._ready.pop() if self._ready else self._router.recv_multipart(**options)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._router, name)
+
+
+def test_a_client_that_left_does_not_keep_the_place_of_the_next(carrier, endpoint, monkeypatch):
+    with (
+        tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
+        raw_dealer(listener.endpoint) as leaving,
+        raw_dealer(listener.endpoint) as coming,
+    ):
+        shake_hands(leaving)
+        with listener.accept(PATIENCE_S):
+            monkeypatch.setattr(listener._hub, "_router", HelloFirst(listener._hub._router))
+            leaving.send_multipart([hs.envelope(hs.BYE)])
+            coming.send_multipart([HELLO, hello()])
+            assert coming.poll(int(PATIENCE_S * 1000))
+            assert hs.open_envelope(coming.recv_multipart()[0])[0] == hs.WELCOME
+            monkeypatch.undo()
+
+
 @pytest.mark.parametrize(
     "frames",
     [

@@ -35,6 +35,8 @@ _LOOK_MS = 100
 _FAREWELL_S = 0.5
 #: Longer than this between two looks is not the I/O thread's own doing.
 _AWAY_S = 1.0
+#: How many messages are taken before events and the outbox are looked at again, however busy one client is.
+_AT_ONCE = 64
 #: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
 _RECEIVED_MAX = 2000
 _DEALER_FRAMES_MIN = 2
@@ -86,6 +88,7 @@ class Hub:
         self.channels: list[Channel] = []  # in the order of connecting, which is that of their numbers
         self.failure: BaseException | None = None  # what ended the I/O thread
         self.clients: dict[bytes, _Client] = {}
+        self._hellos: dict[bytes, tuple[int, bytes]] = {}  # not answered yet: descriptor and body
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._stop = False
@@ -146,6 +149,7 @@ class Hub:
                 self._drain_wake()
                 self._take_messages()
                 self._take_events()
+                self._answer_hellos()
                 self._flush_outbox()
                 self._expire_handshakes()
                 if self._stop:
@@ -190,8 +194,7 @@ class Hub:
             while os.read(self._wake_r, 4096):
                 pass
 
-    def _take_messages(self, limit: int = 64) -> None:
-        """Then events and the outbox are looked at again, however busy one client is."""
+    def _take_messages(self, limit: int = _AT_ONCE) -> None:
         for _ in range(limit):
             try:
                 parts = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
@@ -200,8 +203,11 @@ class Hub:
             try:
                 self._take(parts)
             except ProtocolError:
-                self._drop(parts[0].bytes, "it broke the protocol")
-                self._say(parts[0].bytes, hs.BYE)
+                self._cut_off(parts[0].bytes)
+
+    def _cut_off(self, identity: bytes) -> None:
+        self._drop(identity, "it broke the protocol")
+        self._say(identity, hs.BYE)
 
     def _take(self, parts: list[zmq.Frame]) -> None:
         identity = parts[0].bytes
@@ -209,10 +215,10 @@ class Hub:
             raise ProtocolError("a message without an envelope")
         kind, sequence = hs.open_envelope(parts[1].buffer)
         client = self.clients.get(identity)
-        if kind == hs.HELLO and client is None and len(parts) == 3:
+        if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
-            self._hello(identity, int(parts[1].get(zmq.SRCFD)), parts[2].bytes)
+            self._hellos[identity] = int(parts[1].get(zmq.SRCFD)), parts[2].bytes
         elif client is None:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
@@ -233,6 +239,19 @@ class Hub:
     def _say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> None:
         with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading: it will time out
             self._router.send_multipart([identity, hs.envelope(kind), *map(hs.pack, body)], flags=zmq.NOBLOCK)
+
+    def _answer_hellos(self) -> None:
+        """A client that left before another came has said so, but libzmq may hand out the hello first. So a hello is
+        answered once each connection's turn has come: whoever left holds neither a place nor the fixed name then."""
+        if self._hellos:
+            self._take_messages(_AT_ONCE + len(self.clients))
+        while self._hellos:
+            identity = next(iter(self._hellos))
+            fd, data = self._hellos.pop(identity)
+            try:
+                self._hello(identity, fd, data)
+            except ProtocolError:
+                self._cut_off(identity)
 
     def _hello(self, identity: bytes, fd: int, data: bytes) -> None:
         hello = hs.unpack(hs.Hello, data)
@@ -306,6 +325,7 @@ class Hub:
             self.accepted.remove(channel)
 
     def _drop(self, identity: bytes, reason: str | None) -> None:
+        self._hellos.pop(identity, None)
         client = self.clients.get(identity)
         if client is None:
             return
@@ -323,6 +343,8 @@ class Hub:
             event = recv_monitor_message(self._monitor)
             if event["event"] == zmq.EVENT_ACCEPTED:
                 continue  # the wake-up was what it is for: the descriptors were looked after
+            for identity in [identity for identity, (fd, _) in self._hellos.items() if fd == event["value"]]:
+                del self._hellos[identity]
             gone = [client for client in self.clients.values() if client.fd == event["value"]]
             if gone:
                 self._take_messages(_RECEIVED_MAX * len(self.clients))
