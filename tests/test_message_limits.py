@@ -17,7 +17,7 @@ from wire_bytes import Raw, check_numbered, numbered, raw, reader, with_desc
 
 import tsqp
 from tsqp._message import FLAG_TILED, deadline_ns
-from tsqp.errors import ConfigError, MessageTooLargeError
+from tsqp.errors import ClosedError, ConfigError, MessageTooLargeError, WaitTimeoutError
 from tsqp.transport import MAX_MESSAGE_BYTES, Channel
 
 LIMIT = 2 * LARGE
@@ -140,8 +140,52 @@ def assemble_huge(wire: Connection, nbytes: int) -> None:
         wire.send("the next one arrived")
 
 
+# --- what is not read yet -------------------------------------------------------------------------------------
+
+INBOX = 1 << 20
+UNREAD = INBOX // 8
+
+
+def fill(sender: Channel, reader: Channel) -> int:
+    """Sends numbered messages until there is room for no more; the reader's end looks, and reads none of them."""
+    for number in range(4 * INBOX):
+        try:
+            sender.send([numbered(number, UNREAD)], request_id=number, timeout=0.5, transfer=True)
+        except WaitTimeoutError:
+            return number
+        reader.poll()
+        assert reader._link._inbox_bytes < INBOX + 2 * UNREAD
+    raise AssertionError("there was always room for one more")
+
+
+@pytest.mark.parametrize("name", ["zmq-ipc", "zmq-tcp"])
+def test_a_client_takes_no_more_than_its_inbox_holds(endpoint: str, name: str) -> None:
+    """What it does not read waits on the way and then at the server; nothing is lost, and order stays."""
+    carrier = CARRIERS[name]
+    with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_inbox_bytes=INBOX) as listener:
+        options = {**carrier.connect_options, "max_inbox_bytes": INBOX}
+        with (
+            tsqp.connect(listener.endpoint, PATIENCE_S, **options) as client,
+            listener.accept(PATIENCE_S) as server,
+        ):
+            count = fill(server, client)
+            assert count * UNREAD < 40 * INBOX
+            # The way back is open meanwhile.
+            client.send([numbered(1, LARGE)], request_id=1, timeout=PATIENCE_S)
+            check_numbered(server.recv(PATIENCE_S), 1, LARGE)
+            for number in range(count):
+                check_numbered(client.recv(PATIENCE_S), number, UNREAD)
+            server.send([numbered(count, SMALL)], request_id=count, timeout=PATIENCE_S)
+            server.close()
+            check_numbered(client.recv(PATIENCE_S), count, SMALL)
+            with pytest.raises(ClosedError):
+                client.recv(PATIENCE_S)
+            assert client._link._inbox_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["max_message_bytes", "max_inbox_bytes"])
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "1", 1 << 63])
-def test_a_limit_that_is_none_is_refused(endpoint: str, limit: object) -> None:
+def test_a_limit_that_is_none_is_refused(endpoint: str, limit: object, name: str) -> None:
     for make in (tsqp.listen, tsqp.connect):
-        with pytest.raises(ConfigError, match=r"max_message_bytes=.* is not a positive whole number of bytes"):
-            make(endpoint, max_message_bytes=limit)  # type: ignore[operator]
+        with pytest.raises(ConfigError, match=f"{name}=.* is not a positive whole number of bytes"):
+            make(endpoint, **{name: limit})  # type: ignore[operator]

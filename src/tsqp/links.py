@@ -32,8 +32,10 @@ MIN_FRAME_LIMIT = 4 << 20
 _FAREWELL_MS = 500
 #: What a message costs beside its bytes; without it a peer could fill the memory with empty ones.
 _MESSAGE_BYTES = 1 << 10
-#: What the client takes from libzmq ahead of its reader; the rest waits there and then at the server.
+#: What the client takes from libzmq ahead of its reader, in messages; the rest waits there and then at the server.
 _MAX_INBOX = 1000
+#: What libzmq takes ahead of that; it knows no limit in bytes.
+_LIBZMQ_AHEAD = 64
 
 LargeMessage = tuple[int, Any, list[Any]]
 
@@ -83,7 +85,7 @@ class ClientLink:
     the socket meanwhile may swallow the descriptor's edge, takes what came, and wakes the waiter by a pipe.
     """
 
-    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
+    def __init__(self, endpoint: str, max_message_bytes: int, max_inbox_bytes: int) -> None:
         check_permission(endpoint)
         descriptors.require(descriptors.CONNECTING, f"connect to {endpoint}")
         self._lock = threading.RLock()
@@ -92,11 +94,14 @@ class ClientLink:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_limit(max_message_bytes))
+        self._socket.setsockopt(zmq.RCVHWM, _LIBZMQ_AHEAD)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._connected = False
         self._reason: str | None = None
         self._said_bye = False
+        self._max_inbox_bytes = max_inbox_bytes
         self._inbox: deque[LargeMessage] = deque()
+        self._inbox_bytes = 0
         self._closed = False
         self._waiting = 0
         self._nobody_waits = threading.Condition(self._lock)
@@ -155,7 +160,9 @@ class ClientLink:
         while self.wait(deadline):
             with self._lock:
                 if self._inbox:  # else another thread took it
-                    return self._inbox.popleft()
+                    message = self._inbox.popleft()
+                    self._inbox_bytes -= cost(message)
+                    return message
         return None
 
     def wait(self, deadline: float) -> bool:
@@ -205,8 +212,9 @@ class ClientLink:
             raise PeerDiedError(f"the server died: {reason}")
 
     def _pump(self) -> None:
-        """Takes what libzmq has received; never blocks."""
-        while not self._said_bye and len(self._inbox) < _MAX_INBOX and _has_message(self._socket):
+        """Takes what libzmq has received, until that is too much: then libzmq takes no more either, and the server
+        has to wait. Never blocks."""
+        while not self._said_bye and self._has_room() and _has_message(self._socket):
             parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             self._wake()
             kind, sequence = hs.open_envelope(parts[0].buffer)
@@ -214,8 +222,12 @@ class ClientLink:
                 self._said_bye = True
             elif kind == hs.MESSAGE and len(parts) >= 2:
                 self._inbox.append((sequence, parts[1], parts[2:]))
+                self._inbox_bytes += cost(self._inbox[-1])
             else:
                 raise ProtocolError("the server sent something that is neither a message nor a goodbye")
+
+    def _has_room(self) -> bool:
+        return len(self._inbox) < _MAX_INBOX and self._inbox_bytes < self._max_inbox_bytes
 
     def pending(self) -> bool:
         with self._lock:

@@ -43,6 +43,7 @@ class Listener:
                 raise ConfigError(f"{label}={value!r} is not a positive whole number; give the slots' size and number")
         check_carriers(threshold, large)
         check_limit(max_message_bytes)
+        check_limit(max_inbox_bytes, "max_inbox_bytes")
         options = HubOptions(
             max_chunk_bytes=max_chunk_bytes,
             max_chunks=max_chunks,

@@ -22,6 +22,8 @@ from .receiving import HeldMessage
 MAX_SEGMENT_BYTES = 64 << 30
 #: No declared length of a peer makes this end allocate more for one message, unless it was told so.
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
+#: What a client takes of large messages before somebody reads them.
+MAX_INBOX_BYTES = 1 << 30
 _FOREVER_S = 1e9
 
 
@@ -36,11 +38,11 @@ def check_carriers(threshold: int | str | None, large: str) -> None:
         )
 
 
-def check_limit(max_message_bytes: int) -> None:
+def check_limit(nbytes: int, name: str = "max_message_bytes") -> None:
     """Raises :class:`ConfigError` where it is no positive number of bytes."""
-    whole = isinstance(max_message_bytes, int) and not isinstance(max_message_bytes, bool)
-    if not whole or not 0 < max_message_bytes < 1 << 63:
-        raise ConfigError(f"max_message_bytes={max_message_bytes!r} is not a positive whole number of bytes; give one")
+    whole = isinstance(nbytes, int) and not isinstance(nbytes, bool)
+    if not whole or not 0 < nbytes < 1 << 63:
+        raise ConfigError(f"{name}={nbytes!r} is not a positive whole number of bytes; give one")
 
 
 def make_channel(
@@ -88,6 +90,7 @@ def connect(
     wait: str = "auto",
     spin_us: float = 400.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_inbox_bytes: int = MAX_INBOX_BYTES,
 ) -> Channel:
     """Connects to a :func:`tsqp.listen` endpoint.
 
@@ -103,6 +106,8 @@ def connect(
         spin_us: the longest spin before blocking, in microseconds.
         max_message_bytes: a message of the server that claims more, on the wire or decoded, is dropped and
             MessageTooLargeError raised before anything is allocated for it.
+        max_inbox_bytes: with more bytes of unread messages over ZeroMQ than this no more are taken, and the server
+            has to wait; libzmq itself takes up to 64 messages more.
 
     Raises:
         ConfigError: an argument has a value that can't work.
@@ -118,11 +123,12 @@ def connect(
     parsed = parse_endpoint(endpoint)
     check_carriers(threshold, large)
     check_limit(max_message_bytes)
+    check_limit(max_inbox_bytes, "max_inbox_bytes")
     if parsed.scheme == "ipc" and hs.in_gramine():
         raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
     if hs.in_gramine() and wait == "block":
         raise EndpointError("wait='block' needs a futex, which never crosses the enclave's border; use auto or poll")
-    link = ClientLink(endpoint, max_message_bytes)
+    link = ClientLink(endpoint, max_message_bytes, max_inbox_bytes)
     try:
         options = {"scheme": parsed.scheme, "large": large, "wait": wait, "spin_us": spin_us}
         options["max_message_bytes"] = max_message_bytes
