@@ -111,8 +111,8 @@ class ClientLink:
         self._descriptors = (int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD)), self._wake_r)
         # Dropped without a close, perhaps in a cycle: the garbage collector may finalise the context before its
         # sockets, and pyzmq's context would then wait for them for ever.
-        abandoned = (self._pid, self._context, self._socket, self._monitor, (self._wake_r, self._wake_w))
-        self._finalizer = weakref.finalize(self, _give_back, *abandoned)
+        self._sockets = self._socket, self._monitor, (self._wake_r, self._wake_w)
+        self._finalizer = weakref.finalize(self, _give_back, self._pid, self._context, *self._sockets)
         self._finalizer.atexit = False  # what is open then is closed as it should be
         self._socket.connect(endpoint)
 
@@ -269,24 +269,23 @@ class ClientLink:
             self._nobody_waits.wait_for(lambda: self._waiting == 0, 2 * SLICE_S)
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close(0 if nobody else _FAREWELL_MS)
-            os.close(self._wake_r)
-            os.close(self._wake_w)
+            _close_sockets(*self._sockets, 0 if nobody else _FAREWELL_MS)
         self._context.term()
 
 
 def _give_back(pid: int, context: zmq.Context, socket: zmq.Socket, monitor: zmq.Socket, pipe: tuple[int, int]) -> None:
     """Ends a connection whose link is no more."""
-    if os.getpid() != pid:
-        return
+    if os.getpid() == pid:
+        _close_sockets(socket, monitor, pipe, 0)
+        context.term()
+
+
+def _close_sockets(socket: zmq.Socket, monitor: zmq.Socket, pipe: tuple[int, int], linger_ms: int) -> None:
     socket.disable_monitor()
     monitor.close(0)
-    socket.close(0)
+    socket.close(linger_ms)
     for descriptor in pipe:
         os.close(descriptor)
-    context.term()
 
 
 class ServerLink:
