@@ -29,10 +29,11 @@ import peers as peers_module
 import pytest
 import torch
 import zmq.utils.garbage
-from carriers import Carrier
+from carriers import Background, Carrier, Pair, pair_over
 
 import tsqp
 from tsqp.listener import Listener
+from tsqp.transport import Channel
 
 # A shell ignores SIGINT for its background jobs and children inherit that: Ctrl-C must reach the tests' processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -256,6 +257,27 @@ def listener(carrier: Carrier, endpoint: str) -> Iterator[Listener]:
     """A listener for the test module's own ``carrier``."""
     with tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options) as made:
         yield made
+
+
+@pytest.fixture
+def pair(carrier: Carrier, endpoint: str) -> Iterator[Pair]:
+    """A client and its server's end over the test module's own ``carrier``."""
+    with pair_over(carrier, endpoint) as both:
+        yield both
+
+
+@pytest.fixture(params=["to the server", "to the client"])
+def direction(request: pytest.FixtureRequest, pair: Pair) -> tuple[Channel, Channel]:
+    """(sender, receiver)"""
+    return (pair.client, pair.server) if request.param == "to the server" else (pair.server, pair.client)
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    """Threads whose errors are raised at the end of the test."""
+    threads = Background()
+    yield threads
+    threads.join()
 
 
 @pytest.fixture

@@ -30,13 +30,6 @@ def carrier(request: pytest.FixtureRequest) -> Carrier:
 
 
 @pytest.fixture
-def background() -> Iterator[Background]:
-    made = Background()
-    yield made
-    made.join()
-
-
-@pytest.fixture
 def pair(carrier: Carrier, endpoint: str) -> Iterator[Pair]:
     with pair_over(carrier, endpoint, max_message_bytes=LIMIT) as made:
         yield made
