@@ -29,7 +29,7 @@ UNITS = (
     "test_threads",
     "test_wait",
 )
-STRESS = "stress_ring"
+STRESS = ("stress_ring", "stress_many")
 #: Tests that include a source of the core instead of linking it.
 INCLUDES = {"test_copy": "copy", "test_convert": "convert"}
 MESSAGES = {"tsan": 300_000, "bare": 1_000_000}
@@ -53,8 +53,8 @@ def main() -> int:
     wanted: dict[str, list[str]] = {}
     for flavour, tests in (
         (asan, list(UNITS)),
-        (tsan, ["test_pool", "test_threads", "test_wait", STRESS]),
-        (bare, [STRESS]),
+        (tsan, ["test_pool", "test_threads", "test_wait", *STRESS]),
+        (bare, list(STRESS)),
     ):
         known = wanted.setdefault(flavour.name, [])
         known += [test for test in tests if test not in known]
@@ -64,7 +64,7 @@ def main() -> int:
         programs = build(compiler, FLAVOURS[name], [HERE / f"{test}.c" for test in tests], INCLUDES)
         for test in tests:
             messages = options.messages or (SOAK_MESSAGES if options.soak else MESSAGES.get(name, 0))
-            args = [str(messages), str(options.seed)] if test == STRESS else []
+            args = [str(messages), str(options.seed)] if test in STRESS else []
             run_program(FLAVOURS[name], programs[test], args, timeout_s, tally)
     print(tally.line())
     return 1 if tally.failed else 0
