@@ -22,6 +22,8 @@ PAUSE_NS = 4_000
 #: A victim that does nothing for so long has given the connection up, or waits for what will not come.
 PATIENCE_NS = 200_000_000
 SLICE_NS = 3_000_000_000
+#: No meeting takes so long that the bad peer says nothing for this long.
+SILENCE_S = 60.0
 #: A victim waits this long for one message, and for a sign of sanity from a peer that once was insane.
 WAIT_S, SANITY_S = 0.05, 0.1
 
@@ -39,9 +41,22 @@ def build_library(folder: Path) -> Path:
     return library
 
 
-def has_spoken(peer: Any, timeout_s: float) -> bool:
-    """True once the process has something to say, which may take longer than ``Peer.hear`` waits."""
-    return bool(peer._wire.poll(timeout_s))
+class Assault:
+    """Waits for the end of what the bad peer does. How long that takes depends on the machine; that it goes on does
+    not: it says so after each meeting."""
+
+    def __init__(self, peer: Any) -> None:
+        self._peer, self._heard_at = peer, time.monotonic()
+
+    def poll(self, timeout_s: float = 0.0) -> dict[str, int] | None:
+        """What it did in all, once it is done."""
+        if self._peer._wire.poll(timeout_s):
+            said = self._peer.hear()
+            if isinstance(said, dict):
+                return said
+            self._heard_at = time.monotonic()
+        assert time.monotonic() - self._heard_at < SILENCE_S, "the assault goes on no more"
+        return None
 
 
 # --- the bad peer ---------------------------------------------------------------------------------------------
@@ -83,7 +98,7 @@ def _assault(channel: Any, library: Any, end: int, seed: int, mutations: int, co
     library.hostile_run(base, *numbers, ctypes.c_uint(end), *limits, ctypes.byref(counts))
 
 
-def _meet(make: Callable[[], Any], path: str, end: int, seed: int, mutations: int) -> dict[str, int]:
+def _meet(wire: Connection, make: Callable[[], Any], path: str, end: int, seed: int, mutations: int) -> None:
     """Assaults one victim after the other, each over a channel that `make` gives, until all mutations are made."""
     from tsqp.errors import TsqpError
 
@@ -93,15 +108,16 @@ def _meet(make: Callable[[], Any], path: str, end: int, seed: int, mutations: in
             with make() as channel:
                 meetings += 1
                 _assault(channel, library, end, seed + meetings, mutations, counts)
+            wire.send(counts.mutations)
         except TsqpError:
             time.sleep(0.001)  # nobody there at the moment
-    return {**counts.as_dict(), "meetings": meetings}
+    wire.send({**counts.as_dict(), "meetings": meetings})
 
 
 def bad_client(wire: Connection, path: str, endpoint: str, seed: int, mutations: int) -> None:
     import tsqp
 
-    wire.send(_meet(lambda: tsqp.connect(endpoint, 2.0), path, 1, seed, mutations))
+    _meet(wire, lambda: tsqp.connect(endpoint, 2.0), path, 1, seed, mutations)
 
 
 def bad_server(wire: Connection, path: str, endpoint: str, seed: int, mutations: int) -> None:
@@ -109,7 +125,7 @@ def bad_server(wire: Connection, path: str, endpoint: str, seed: int, mutations:
 
     with tsqp.listen(endpoint, CHUNK_BYTES, CHUNKS) as listener:
         wire.send("listening")
-        wire.send(_meet(lambda: listener.accept(2.0), path, 0, seed, mutations))
+        _meet(wire, lambda: listener.accept(2.0), path, 0, seed, mutations)
 
 
 # --- victims --------------------------------------------------------------------------------------------------

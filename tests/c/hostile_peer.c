@@ -231,12 +231,19 @@ static void mutate(struct hostile *hostile) {
     }
 }
 
+/* It said goodbye, and that is not what this end wrote there. */
+static bool victim_left(const struct hostile *hostile) {
+    struct tsqp_segment_header *header = (struct tsqp_segment_header *)hostile->base;
+    uint64_t *closed = &header->ends[1 - hostile->end].closed;
+    return !is_changed(hostile, closed) && tsqp_load_relaxed(closed) == 1;
+}
+
 static uint64_t progress(const struct hostile *hostile) {
     return hostile->next_tx + hostile->next_rx;
 }
 
-/* Goes on until `mutations` were made in all, or the victim did nothing for `patience_ns`, or `limit_ns`
- * passed; adds to `counts`. `pause_ns` lies between two mutations. */
+/* Goes on until `mutations` were made in all, or the victim left or did nothing for `patience_ns`, or
+ * `limit_ns` passed; adds to `counts`. `pause_ns` lies between two mutations. */
 int hostile_run(uint8_t *base, uint64_t max_chunk_bytes, uint64_t max_chunks, unsigned end, uint64_t seed,
                 uint64_t mutations, uint64_t pause_ns, uint64_t patience_ns, uint64_t limit_ns,
                 struct hostile_counts *counts) {
@@ -253,7 +260,7 @@ int hostile_run(uint8_t *base, uint64_t max_chunk_bytes, uint64_t max_chunks, un
             moved = now;
             at_once = 0;
         }
-        if (now - moved > patience_ns || now - start > limit_ns)
+        if (victim_left(&hostile) || now - moved > patience_ns || now - start > limit_ns)
             break;
         publish(&hostile);
         take_answer(&hostile);
