@@ -110,13 +110,22 @@ enum tsqp_wait_mode {
     TSQP_WAIT_POLL = 3, /* no futex: spin, yield, short sleeps (what an enclave can do) */
 };
 
+struct tsqp_estimate {
+    uint64_t mean_ns, deviation_ns;
+    uint32_t count; /* of samples, up to the number from which it does not matter */
+};
+void tsqp_estimate_add(struct tsqp_estimate *estimate, uint64_t sample_ns);
+
 struct tsqp_waiter {
     enum tsqp_wait_mode mode;
     uint64_t spin_max_ns;
     uint64_t spin_ns; /* what spinning is worth now; learns */
     uint32_t misses;  /* waits in a row that spinning did not cover */
     uint64_t sleep_ns;
-    bool futex; /* both ends are native Linux */
+    bool futex;                /* both ends are native Linux */
+    struct tsqp_estimate late; /* how long after the time it was to end a sleep ends */
+    uint32_t crowded;          /* answers slept for after one that was looked for while others had the core */
+    uint32_t crowded_skips;    /* those of them that are still to come */
 };
 
 /* One word to watch: ready when it differs from `idle`. */
@@ -130,6 +139,28 @@ struct tsqp_watch {
 void tsqp_waiter_init(struct tsqp_waiter *waiter, enum tsqp_wait_mode mode, uint64_t spin_ns, bool futex);
 /* Waits until a watched word is ready, at most `slice_ns`. 0 ready, TSQP_AGAIN, TSQP_INTERRUPTED. */
 int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t slice_ns);
+
+/* What is known of the answers to one kind of request. It decides when a waiter looks, and nothing else: a
+ * peer that makes it wrong is waited for as without it. */
+struct tsqp_forecast {
+    uint64_t kind;
+    struct tsqp_estimate took; /* from the begin of the wait */
+    uint32_t misses;           /* times in a row that the answer was not there when it was looked for */
+    uint64_t begin_ns;         /* of the wait under way; its slices share it */
+};
+
+#define TSQP_FORECASTS 4
+/* Those of one place that asks, by the request's size: a prompt takes longer than a token. All 0: nothing is
+ * known. */
+struct tsqp_forecasts {
+    struct tsqp_forecast of[TSQP_FORECASTS];
+};
+/* That of requests of about this size; it starts afresh where its place was another size's. */
+struct tsqp_forecast *tsqp_forecast_of(struct tsqp_forecasts *forecasts, uint64_t request_bytes);
+/* tsqp_wait for one word that answers a request: sleeps until shortly before the answer is expected, so that
+ * this thread is awake, and its core with it, when it comes. `forecast->begin_ns` is set by the caller. */
+int tsqp_wait_answer(struct tsqp_waiter *waiter, const struct tsqp_watch *watch,
+                     struct tsqp_forecast *forecast, uint64_t slice_ns);
 void tsqp_wake(uint64_t *word, uint64_t *waiting, bool futex);
 uint64_t tsqp_now_ns(void); /* CLOCK_MONOTONIC */
 

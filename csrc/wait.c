@@ -29,6 +29,13 @@
 #define SLEEP_MIN_NS UINT64_C(50000)
 #define SLEEP_MAX_NS UINT64_C(1000000)
 #define MAX_FUTEXES 128
+/* How long an expected answer is looked for: a share of what it takes, within these bounds and spin_max. */
+#define WINDOW_SHARE 8
+#define WINDOW_MIN_NS UINT64_C(200000)
+#define MISSES 3                    /* that halve it */
+#define CROWDED_NS UINT64_C(500000) /* the peer's own threads are done with the core before */
+#define CROWDED_SKIPS 63
+#define LATE_NS UINT64_C(100000) /* what a sleep is thought to be late before one was measured */
 
 uint64_t tsqp_now_ns(void) {
     struct timespec ts;
@@ -46,6 +53,8 @@ void tsqp_waiter_init(struct tsqp_waiter *waiter, enum tsqp_wait_mode mode, uint
     waiter->misses = 0;
     waiter->sleep_ns = SLEEP_MIN_NS;
     waiter->futex = futex && waiter->mode != TSQP_WAIT_POLL;
+    waiter->crowded = waiter->crowded_skips = 0;
+    waiter->late = (struct tsqp_estimate){.mean_ns = LATE_NS, .deviation_ns = LATE_NS / 8, .count = 1};
 }
 
 /* SYNC: acquire pairs with tsqp_publish of the word; what the publisher wrote before it is visible after. */
@@ -63,20 +72,28 @@ static bool any_closed(const struct tsqp_watch *watches, size_t count) {
     return false;
 }
 
+/* How a wait went. */
+struct course {
+    uint64_t waited_ns;  /* in which this thread ran or slept */
+    uint64_t yielded_ns; /* the longest that others had the core after a yield */
+    bool slept;          /* and found the word ready when it woke */
+    bool gives_way;      /* yields from the first look on: the peer computes */
+};
+
 /* The first microseconds are spent on the word alone. After them each look is followed by a yield: it costs
  * nothing where the core has no other work, and gives way where the peer computes on it. Going to sleep
  * instead would let the core halt, and waking it costs more than most answers take.
  *
- * Only time in which this thread ran counts against the budget and is added to `*waited`: what others took of
- * the core says nothing about how fast the peer answers. */
+ * Only time in which this thread ran counts against the budget and as waited: what others took of the core
+ * says nothing about how fast the peer answers. */
 static bool spin(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t until,
-                 uint64_t budget_ns, uint64_t *waited) {
+                 uint64_t budget_ns, struct course *course) {
     bool yields = waiter->mode != TSQP_WAIT_SPIN;
     uint64_t ran = 0, last = tsqp_now_ns();
     do {
         for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
             if (any_ready(watches, count)) {
-                *waited += ran;
+                course->waited_ns += ran;
                 return true;
             }
             tsqp_cpu_relax();
@@ -84,12 +101,13 @@ static bool spin(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, s
         uint64_t now = tsqp_now_ns();
         ran += now - last < STALL_NS ? now - last : STALL_NS;
         last = now;
-        if (yields && ran > PURE_SPIN_NS) {
+        if (yields && (ran > PURE_SPIN_NS || course->gives_way)) {
             sched_yield();
             last = tsqp_now_ns();
+            course->yielded_ns = last - now > course->yielded_ns ? last - now : course->yielded_ns;
         }
     } while (ran < budget_ns && last < until);
-    *waited += ran;
+    course->waited_ns += ran;
     return false;
 }
 
@@ -187,13 +205,13 @@ static int block_once(struct tsqp_waiter *waiter, const struct tsqp_watch *watch
 }
 
 static bool spin_and_yield(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count,
-                           uint64_t until, uint64_t *waited) {
+                           uint64_t until, struct course *course) {
     uint64_t spin_ns = waiter->spin_ns;
     if (waiter->mode == TSQP_WAIT_SPIN)
         spin_ns = UINT64_MAX;
     else if (waiter->mode == TSQP_WAIT_BLOCK)
         spin_ns = 0;
-    if (spin(waiter, watches, count, until, spin_ns, waited))
+    if (spin(waiter, watches, count, until, spin_ns, course))
         return true;
     if (waiter->mode == TSQP_WAIT_SPIN)
         return false;
@@ -206,28 +224,133 @@ static bool spin_and_yield(struct tsqp_waiter *waiter, const struct tsqp_watch *
     return false;
 }
 
-int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t slice_ns) {
-    uint64_t start = tsqp_now_ns(), until = start + slice_ns;
-    uint64_t waited = 0; /* in which this thread ran or slept */
+/* Blocks until a word is ready or the slice is over. */
+static int block(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t until,
+                 struct course *course) {
     int rc = TSQP_OK;
-    bool ready = spin_and_yield(waiter, watches, count, until, &waited);
+    bool ready = false;
     while (!ready) {
         uint64_t now = tsqp_now_ns();
         if (now >= until || rc != TSQP_OK || any_closed(watches, count))
-            break;
+            return rc != TSQP_OK ? rc : TSQP_AGAIN;
         rc = block_once(waiter, watches, count, until - now);
-        ready = any_ready(watches, count);
-        waited += tsqp_now_ns() - now;
+        ready = course->slept = any_ready(watches, count);
+        course->waited_ns += tsqp_now_ns() - now;
         /* Woken, and nothing there: somebody is about to publish (tsqp_ring_rouse). */
         if (!ready && rc == TSQP_OK && waiter->futex && waiter->mode != TSQP_WAIT_BLOCK)
-            ready = spin(waiter, watches, count, until, REWAKE_SPIN_NS, &waited);
+            ready = spin(waiter, watches, count, until, REWAKE_SPIN_NS, course);
     }
-    if (ready)
+    waiter->sleep_ns = SLEEP_MIN_NS;
+    return TSQP_OK;
+}
+
+/* Spins, yields and blocks. */
+static int wait_until(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count,
+                      uint64_t until, struct course *course) {
+    int rc = TSQP_OK;
+    if (spin_and_yield(waiter, watches, count, until, course))
         waiter->sleep_ns = SLEEP_MIN_NS;
-    learn(waiter, waited);
-    if (ready)
+    else
+        rc = block(waiter, watches, count, until, course);
+    learn(waiter, course->waited_ns);
+    return rc;
+}
+
+int tsqp_wait(struct tsqp_waiter *waiter, const struct tsqp_watch *watches, size_t count, uint64_t slice_ns) {
+    struct course course = {0};
+    return wait_until(waiter, watches, count, tsqp_now_ns() + slice_ns, &course);
+}
+
+/* ---- answers that are expected at a time ---- */
+
+/* Sleeps until `target`, or until the word is ready or the slice over. */
+static int sleep_until(struct tsqp_waiter *waiter, const struct tsqp_watch *watch, uint64_t target,
+                       uint64_t until, struct course *course) {
+    uint64_t end = target < until ? target : until;
+    int rc = block(waiter, watch, 1, end, course);
+    uint64_t now = tsqp_now_ns();
+    if (end == target &&
+        now >= target) /* also where the answer is there by now: somebody else had the core */
+        tsqp_estimate_add(&waiter->late, now - target);
+    return rc;
+}
+
+/* How long the answer is looked for once it is expected: ever less where that is in vain, but for every
+ * PROBE_EVERY-th time. */
+static uint64_t window_of(const struct tsqp_waiter *waiter, const struct tsqp_forecast *forecast) {
+    uint64_t window = forecast->took.mean_ns / WINDOW_SHARE;
+    window = window > WINDOW_MIN_NS ? window : WINDOW_MIN_NS;
+    window = window < waiter->spin_max_ns ? window : waiter->spin_max_ns;
+    if (forecast->misses % PROBE_EVERY != 0)
+        window >>= forecast->misses < 16 * MISSES ? forecast->misses / MISSES : 16;
+    return window;
+}
+
+/* As long before the mean as answers and wake-ups scatter, but so that the window still reaches beyond it. */
+static uint64_t target_of(const struct tsqp_waiter *waiter, const struct tsqp_forecast *forecast,
+                          uint64_t window_ns) {
+    uint64_t scatter = 2 * forecast->took.deviation_ns + waiter->late.deviation_ns;
+    uint64_t before = waiter->late.mean_ns + (scatter < window_ns / 2 ? scatter : window_ns / 2);
+    uint64_t mean = forecast->took.mean_ns;
+    return forecast->begin_ns + (mean > before ? mean - before : 0);
+}
+
+/* Where others want the core, who yields gives it away for milliseconds, and who sleeps gets it when it is
+ * woken: there answers are slept for, all but one in ever more of them. */
+static void note_crowd(struct tsqp_waiter *waiter, uint64_t yielded_ns) {
+    if (yielded_ns < CROWDED_NS)
+        waiter->crowded = 0;
+    else if (waiter->crowded < CROWDED_SKIPS)
+        waiter->crowded = 2 * waiter->crowded + 1;
+    waiter->crowded_skips = waiter->crowded;
+}
+
+static int wait_expecting(struct tsqp_waiter *waiter, const struct tsqp_watch *watch,
+                          struct tsqp_forecast *forecast, uint64_t until, struct course *course) {
+    uint64_t window = window_of(waiter, forecast), target = target_of(waiter, forecast, window);
+    uint64_t now = tsqp_now_ns();
+    bool due = now < target + window; /* else it was looked for in an earlier slice */
+    if (any_ready(watch, 1))
         return TSQP_OK;
-    return rc != TSQP_OK ? rc : TSQP_AGAIN;
+    if (waiter->crowded_skips > 0) {
+        waiter->crowded_skips--;
+        return block(waiter, watch, 1, until, course);
+    }
+    if (now < target) {
+        int rc = sleep_until(waiter, watch, target, until, course);
+        if (rc != TSQP_AGAIN || tsqp_now_ns() < target)
+            return rc;
+    }
+    if (due) {
+        course->gives_way = true;
+        bool ready = spin(waiter, watch, 1, until, window, course);
+        note_crowd(waiter, course->yielded_ns);
+        forecast->misses = ready ? 0 : forecast->misses + 1;
+        if (ready)
+            return TSQP_OK;
+    }
+    return block(waiter, watch, 1, until, course);
+}
+
+int tsqp_wait_answer(struct tsqp_waiter *waiter, const struct tsqp_watch *watch,
+                     struct tsqp_forecast *forecast, uint64_t slice_ns) {
+    uint64_t until = tsqp_now_ns() + slice_ns;
+    bool timed = waiter->mode == TSQP_WAIT_AUTO || waiter->mode == TSQP_WAIT_POLL;
+    struct course course = {0};
+    int rc;
+    if (timed && forecast->took.mean_ns > waiter->spin_max_ns)
+        rc = wait_expecting(waiter, watch, forecast, until, &course);
+    else
+        rc = wait_until(waiter, watch, 1, until, &course);
+    if (rc == TSQP_OK) {
+        uint64_t took = tsqp_now_ns() - forecast->begin_ns;
+        /* Waking took its time: the answer was there before. */
+        uint64_t woke = course.slept ? waiter->late.mean_ns : 0;
+        /* Answers that all come while this spins need no forecast. */
+        if (forecast->took.count || took > waiter->spin_max_ns)
+            tsqp_estimate_add(&forecast->took, took > woke ? took - woke : 0);
+    }
+    return rc;
 }
 
 /* `waiting` is a hint; a hostile peer may hold it above 0, or one that died while it slept left it so: the

@@ -20,6 +20,7 @@ UNITS = (
     "test_codec",
     "test_convert",
     "test_copy",
+    "test_forecast",
     "test_kernels",
     "test_pool",
     "test_segment",

@@ -183,6 +183,129 @@ static void any_of_many_words_or_the_bell_ends_the_wait(void) {
     in_each_mode(check_many);
 }
 
+/* ---- answers that are expected at a time ---- */
+
+static struct tsqp_forecast forecast_of(uint64_t mean_ns) {
+    struct tsqp_forecast forecast = {.kind = 1, .begin_ns = tsqp_now_ns()};
+    if (mean_ns)
+        tsqp_estimate_add(&forecast.took, mean_ns);
+    return forecast;
+}
+
+/* Runs `check` in each mode with forecasts that know nothing, and are too early, about right, and far too
+ * late. */
+static void with_each_forecast(void (*check)(struct tsqp_waiter *waiter, struct tsqp_forecast *forecast)) {
+    static const uint64_t means[] = {0, 1, 500000, 5 * MS, 6 * MS, LONG_NS, UINT64_MAX};
+    for (size_t i = 0; i < sizeof MODES / sizeof MODES[0]; i++)
+        for (int futex = 0; futex < 2; futex++)
+            for (size_t k = 0; k < sizeof means / sizeof means[0]; k++) {
+                struct tsqp_waiter waiter = waiter_of(MODES[i], futex);
+                struct tsqp_forecast forecast = forecast_of(means[k]);
+                check(&waiter, &forecast);
+            }
+}
+
+static void check_answer_there(struct tsqp_waiter *waiter, struct tsqp_forecast *forecast) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    tsqp_publish(&words.word, 1);
+    CHECK_EQ(tsqp_wait_answer(waiter, &watch, forecast, LONG_NS), TSQP_OK);
+    CHECK_EQ(tsqp_wait_answer(waiter, &watch, forecast, 0), TSQP_OK);
+}
+
+static void an_answer_that_is_there_ends_the_wait(void) {
+    with_each_forecast(check_answer_there);
+}
+
+static void check_answer_later(struct tsqp_waiter *waiter, struct tsqp_forecast *forecast) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct later later = {.words = &words};
+    uint32_t known = forecast->took.count;
+    pthread_t thread;
+    CHECK_EQ(pthread_create(&thread, NULL, act_later, &later), 0);
+    int rc = tsqp_wait_answer(waiter, &watch, forecast, LONG_NS);
+    pthread_join(thread, NULL);
+    CHECK_EQ(rc, TSQP_OK);
+    CHECK(forecast->took.count - known <= 1);
+    CHECK_EQ(tsqp_load_relaxed(&words.waiting), 0);
+}
+
+static void an_answer_earlier_or_later_than_expected_is_not_slept_over(void) {
+    with_each_forecast(check_answer_later);
+}
+
+static void check_answer_slice(struct tsqp_waiter *waiter, struct tsqp_forecast *forecast) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    uint32_t known = forecast->took.count;
+    for (int slice = 0; slice < 3; slice++) {
+        uint64_t start = tsqp_now_ns();
+        CHECK_EQ(tsqp_wait_answer(waiter, &watch, forecast, 3 * MS), TSQP_AGAIN);
+        CHECK(tsqp_now_ns() - start >= 3 * MS);
+    }
+    CHECK_EQ(tsqp_wait_answer(waiter, &watch, forecast, 0), TSQP_AGAIN);
+    CHECK_EQ(tsqp_load_relaxed(&words.waiting), 0);
+    CHECK_EQ(forecast->took.count, known); /* nothing is learnt of an answer that did not come */
+}
+
+static void slices_hold_whatever_is_expected(void) {
+    with_each_forecast(check_answer_slice);
+}
+
+static void check_answer_closed(struct tsqp_waiter *waiter, struct tsqp_forecast *forecast) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    words.closed = 1;
+    uint64_t slice = waiter->mode == TSQP_WAIT_SPIN ? MS : LONG_NS;
+    CHECK_EQ(tsqp_wait_answer(waiter, &watch, forecast, slice), TSQP_AGAIN);
+}
+
+static void a_closed_word_ends_the_wait_for_an_answer(void) {
+    with_each_forecast(check_answer_closed);
+}
+
+static void a_closer_wakes_who_sleeps_until_an_answer_is_expected(void) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
+    struct tsqp_forecast forecast = forecast_of(LONG_NS);
+    struct later later = {.words = &words, .close = true};
+    pthread_t thread;
+    CHECK_EQ(pthread_create(&thread, NULL, act_later, &later), 0);
+    int rc = tsqp_wait_answer(&waiter, &watch, &forecast, LONG_NS);
+    pthread_join(thread, NULL);
+    CHECK_EQ(rc, TSQP_AGAIN);
+}
+
+static void answers_that_are_slept_for_leave_the_spin_budget_alone(void) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
+    uint64_t full = waiter.spin_ns;
+    for (uint32_t i = 0; i < 3; i++) {
+        struct tsqp_forecast forecast = forecast_of(100 * MS);
+        CHECK_EQ(tsqp_wait_answer(&waiter, &watch, &forecast, 120 * MS), TSQP_AGAIN);
+        CHECK_EQ(forecast.misses, 1); /* looked for in vain, once */
+        CHECK_EQ(tsqp_wait_answer(&waiter, &watch, &forecast, MS), TSQP_AGAIN);
+        CHECK_EQ(forecast.misses, 1); /* and in a later slice not again */
+    }
+    CHECK_EQ(waiter.spin_ns, full);
+}
+
+static void who_sleeps_learns_how_late_it_wakes(void) {
+    struct words words = {0};
+    struct tsqp_watch watch = watch_of(&words);
+    struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
+    uint32_t before = waiter.late.count;
+    struct tsqp_forecast forecast = forecast_of(100 * MS);
+    CHECK_EQ(tsqp_wait_answer(&waiter, &watch, &forecast, 120 * MS), TSQP_AGAIN);
+    CHECK_EQ(waiter.late.count, before + 1);
+    forecast = forecast_of(LONG_NS);
+    CHECK_EQ(tsqp_wait_answer(&waiter, &watch, &forecast, MS), TSQP_AGAIN);
+    CHECK_EQ(waiter.late.count, before + 1); /* the slice ended the sleep */
+}
+
 /* ---- signals ---- */
 
 static pthread_t signalled_thread;
@@ -225,6 +348,24 @@ static void signal_ends_the_wait(void) {
     signal_interrupts(TSQP_WAIT_POLL, 1);
 }
 
+static void signal_ends_the_sleep_until_an_answer_is_expected(void) {
+    static const enum tsqp_wait_mode modes[] = {TSQP_WAIT_AUTO, TSQP_WAIT_POLL};
+    for (size_t i = 0; i < 2; i++) {
+        struct words words = {0};
+        struct tsqp_watch watch = watch_of(&words);
+        struct tsqp_waiter waiter = waiter_of(modes[i], true);
+        struct tsqp_forecast forecast = forecast_of(LONG_NS);
+        uint64_t stop = 0;
+        pthread_t thread;
+        signalled_thread = pthread_self();
+        CHECK_EQ(pthread_create(&thread, NULL, signal_later, &stop), 0);
+        int rc = tsqp_wait_answer(&waiter, &watch, &forecast, LONG_NS);
+        tsqp_store_release(&stop, 1);
+        pthread_join(thread, NULL);
+        CHECK_EQ(rc, TSQP_INTERRUPTED);
+    }
+}
+
 int main(void) {
     RUN(ready_word_ends_the_wait);
     RUN(slice_ends_the_wait_and_not_before);
@@ -234,6 +375,14 @@ int main(void) {
     RUN(publisher_wakes_the_waiter);
     RUN(closer_wakes_the_waiter);
     RUN(any_of_many_words_or_the_bell_ends_the_wait);
+    RUN(an_answer_that_is_there_ends_the_wait);
+    RUN(an_answer_earlier_or_later_than_expected_is_not_slept_over);
+    RUN(slices_hold_whatever_is_expected);
+    RUN(a_closed_word_ends_the_wait_for_an_answer);
+    RUN(a_closer_wakes_who_sleeps_until_an_answer_is_expected);
+    RUN(answers_that_are_slept_for_leave_the_spin_budget_alone);
+    RUN(who_sleeps_learns_how_late_it_wakes);
     RUN(signal_ends_the_wait);
+    RUN(signal_ends_the_sleep_until_an_answer_is_expected);
     return check_result();
 }
