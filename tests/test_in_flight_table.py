@@ -41,7 +41,7 @@ class FakeChannel:
     def can_send(self):
         return not self.full.is_set()
 
-    def recv(self, timeout=None):
+    def recv(self, timeout=None, forecast=None):
         with self.arrived:
             self.receiving += 1
             try:

@@ -72,6 +72,18 @@ cdef class Gate:
 include "_reservation.pxi"
 
 
+cdef class Forecast:
+    """How long the answers to one kind of request took, so that a :meth:`Port.recv` that is given it is awake when the
+    next one comes. Requests of different sizes are told apart. One thread at a time."""
+
+    cdef c.tsqp_forecasts known
+
+    def expected_s(self, uint64_t request_bytes):
+        """Seconds after which the answer to a request of about this size is expected; 0.0: not known."""
+        cdef c.tsqp_forecasts known = self.known  # a look changes nothing
+        return c.tsqp_forecast_of(&known, request_bytes).took.mean_ns / 1e9
+
+
 cdef class Port:
     """The fast half of a :class:`tsqp.Channel`, which is the only one to make one.
 
@@ -94,6 +106,7 @@ cdef class Port:
     cdef public uint64_t threshold
     cdef public uint64_t _sent, _sent_bytes, _received, _received_bytes  # through the ring, by either way
     cdef object _reserved_by
+    cdef uint64_t _asked_bytes  # of the message sent last
 
     def __init__(self, Ring tx, Ring rx, uint64_t threshold):
         self._tx, self._rx, self.threshold = tx, rx, threshold
@@ -148,6 +161,7 @@ cdef class Port:
                     self._encoder.write_slot(self._tx, packed, &slot)
                     self._sent += 1
                     self._sent_bytes += total
+                    self._asked_bytes = total
                     return total
             finally:
                 self.send_gate.give()
@@ -204,8 +218,11 @@ cdef class Port:
         if self._reserved_by is not None and self._reserved_by == threading.get_ident():
             raise e.RingUsageError("this thread has a reserve() block open on the channel; end it before it sends more")
 
-    def recv(self, timeout=None):
+    def recv(self, timeout=None, Forecast forecast=None):
         """The next message, its tensors in private memory.
+
+        ``forecast``: where the message is the answer to the one just sent, what is known of when such answers come. It
+        learns from each, and changes nothing but when this end sleeps.
 
         Raises WaitTimeoutError after `timeout` seconds (nothing is lost: a later call gets the message), ClosedError
         when the peer closed and all is read, PeerDiedError, MessageError where the peer sent rubbish, ProtocolError.
@@ -215,7 +232,11 @@ cdef class Port:
         cdef Message message
         if self._may_take():
             try:
-                self._rx.acquire(&slot, deadline)
+                if forecast is None:
+                    self._rx.acquire(&slot, deadline)
+                else:
+                    self._rx.acquire_answer(&slot, deadline,
+                                            c.tsqp_forecast_of(&forecast.known, self._asked_bytes))
                 try:
                     message = self._decoder.read_slot(self._rx, &slot, deadline, False)
                 finally:
@@ -226,15 +247,19 @@ cdef class Port:
                 self.receive_gate.give()
         return self._recv_slow(deadline)
 
-    def lease(self, timeout=None):
+    def lease(self, timeout=None, Forecast forecast=None):
         """A ``with`` block over the next message; tensors of a ring message are views into its slot, valid inside
-        the block only. Raises like :meth:`recv`."""
+        the block only. ``forecast`` and errors are those of :meth:`recv`."""
         cdef uint64_t deadline = deadline_of(timeout)
         cdef c.tsqp_slot slot
         cdef Lease lease
         if self._may_take():
             try:
-                self._rx.acquire(&slot, deadline)
+                if forecast is None:
+                    self._rx.acquire(&slot, deadline)
+                else:
+                    self._rx.acquire_answer(&slot, deadline,
+                                            c.tsqp_forecast_of(&forecast.known, self._asked_bytes))
                 lease = self._decoder.lease_slot(self._rx, &slot, deadline)
                 if self._whole(lease.message):
                     return lease

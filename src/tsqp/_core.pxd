@@ -71,6 +71,18 @@ cdef extern from "tsqp.h" nogil:
 
     void tsqp_waiter_init(tsqp_waiter *waiter, tsqp_wait_mode mode, uint64_t spin_ns, bint futex)
     int tsqp_wait(tsqp_waiter *waiter, const tsqp_watch *watches, size_t count, uint64_t slice_ns)
+    struct tsqp_estimate:
+        uint64_t mean_ns
+
+    struct tsqp_forecast:
+        tsqp_estimate took
+        uint64_t begin_ns
+
+    struct tsqp_forecasts:
+        pass
+
+    tsqp_forecast *tsqp_forecast_of(tsqp_forecasts *forecasts, uint64_t request_bytes)
+    int tsqp_wait_answer(tsqp_waiter *waiter, const tsqp_watch *watch, tsqp_forecast *forecast, uint64_t slice_ns)
     uint64_t tsqp_now_ns()
     void tsqp_doorbell_ring(tsqp_doorbell *bell)
 

@@ -1,4 +1,4 @@
-from ._core cimport tsqp_doorbell, tsqp_ring, tsqp_segment, tsqp_slot, tsqp_waiter, tsqp_watch
+from ._core cimport tsqp_doorbell, tsqp_forecast, tsqp_ring, tsqp_segment, tsqp_slot, tsqp_waiter, tsqp_watch
 from libc.stdint cimport uint64_t
 
 
@@ -26,7 +26,8 @@ cdef class Ring:
     cdef bint closed
     cdef int acquire(self, tsqp_slot *slot, uint64_t deadline_ns) except -1
     cdef int try_acquire(self, tsqp_slot *slot) except -2
-    cdef int wait_slice(self, tsqp_watch *watch, uint64_t deadline_ns) except -1
+    cdef int acquire_answer(self, tsqp_slot *slot, uint64_t deadline_ns, tsqp_forecast *forecast) except -1
+    cdef int wait_slice(self, tsqp_watch *watch, uint64_t deadline_ns, tsqp_forecast *forecast) except -1
     cdef int fill_wait(self, tsqp_slot *slot, uint64_t upto, uint64_t deadline_ns) except -1
     cdef int check_peer(self) except -1
     cdef bint has_message(self)

@@ -139,17 +139,23 @@ cdef class Ring:
 
     cdef int acquire(self, c.tsqp_slot *slot, uint64_t deadline_ns) except -1:
         """The next slot. A reader's may still be filling: see :meth:`fill_wait`."""
+        return self.acquire_answer(slot, deadline_ns, NULL)
+
+    cdef int acquire_answer(self, c.tsqp_slot *slot, uint64_t deadline_ns, c.tsqp_forecast *forecast) except -1:
+        """The same where it is the answer to a request just sent. `forecast`: when such answers come; may be NULL."""
         cdef c.tsqp_watch watch
         if self.try_acquire(slot):
             return 0
         c.tsqp_segment_beat(self.segment.ptr)
+        if forecast != NULL:
+            forecast.begin_ns = c.tsqp_now_ns()
         while True:
             watch = c.tsqp_ring_watch(self.ptr)
-            self.wait_slice(&watch, deadline_ns)
+            self.wait_slice(&watch, deadline_ns, forecast)
             if self.try_acquire(slot):
                 return 0
 
-    cdef int wait_slice(self, c.tsqp_watch *watch, uint64_t deadline_ns) except -1:
+    cdef int wait_slice(self, c.tsqp_watch *watch, uint64_t deadline_ns, c.tsqp_forecast *forecast) except -1:
         """Waits for one word, a slice of time at most. Raises at the deadline, for a signal, and where the peer is
         dead and left nothing."""
         cdef uint64_t now = c.tsqp_now_ns()
@@ -159,8 +165,13 @@ cdef class Ring:
             self.check_peer()
             raise e.WaitTimeoutError(self._timeout_text())
         left = deadline_ns - now
+        if left > SLICE_NS:
+            left = SLICE_NS
         with nogil:
-            rc = c.tsqp_wait(c.tsqp_ring_waiter(self.ptr), watch, 1, left if left < SLICE_NS else SLICE_NS)
+            if forecast == NULL:
+                rc = c.tsqp_wait(c.tsqp_ring_waiter(self.ptr), watch, 1, left)
+            else:
+                rc = c.tsqp_wait_answer(c.tsqp_ring_waiter(self.ptr), watch, forecast, left)
         if rc == c.TSQP_OK:
             return 0
         PyErr_CheckSignals()
@@ -189,7 +200,7 @@ cdef class Ring:
                 if closed:
                     raise e.ClosedError(f"the peer of {self.segment.name} closed it in the middle of a message")
                 watch = c.tsqp_ring_fill_watch(self.ptr, slot)
-                self.wait_slice(&watch, deadline_ns)
+                self.wait_slice(&watch, deadline_ns, NULL)
         except BaseException:
             if self.segment.ptr != NULL:
                 c.tsqp_ring_unread(self.ptr, slot)

@@ -10,6 +10,7 @@ import msgpack
 import torch
 from torch import Tensor
 
+from ._channel import Forecast
 from .errors import MetaError, ProtocolError, RemoteError
 from .protocol import MAX_ERROR_CHARS, METHOD_NAMES, METHOD_OPERATORS, Method
 from .telemetry import Telemetry
@@ -25,7 +26,7 @@ class Site:
     converts and looks up nothing. ``next_index()`` numbers the calls from 0; no two threads get one number.
     """
 
-    __slots__ = ("_known", "calls", "id", "meta", "method", "next_index", "outs", "times")
+    __slots__ = ("_known", "calls", "forecast", "id", "meta", "method", "next_index", "outs", "times")
 
     def __init__(
         self,
@@ -43,6 +44,8 @@ class Site:
         self.calls = telemetry.counter(METHOD_NAMES[method])
         operator = METHOD_OPERATORS.get(method)
         self.times = None if operator is None else telemetry.row(operator)
+        #: When its replies come; None: not to be reckoned with.
+        self.forecast: Forecast | None = Forecast()
         self._known: tuple[Any, Shapes] = (None, ())
 
     def shapes(self, shape: torch.Size) -> Shapes:

@@ -205,7 +205,7 @@ class InFlight:
         know. The caller holds `_reading`, which is released.
         """
         try:
-            reply = self._recv(timeout)
+            reply = self._recv(timeout, call.site.forecast)
             if reply.request_id == call.request_id:
                 spent = time.perf_counter_ns() - begin
                 self.busy_ns += spent
