@@ -103,6 +103,11 @@ class Worker:
         self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def say(self, value: Any) -> None:
         self._wire.send(value)
 

@@ -1,0 +1,260 @@
+"""What a round trip costs beside the server's compute, where that takes milliseconds; and what the waiting costs.
+
+    python -m benchmarks.overhead                          # 1, 3 and 10 ms, computed by 1 and by 2 threads
+    python -m benchmarks.overhead --ms 2 --threads 2 --rounds 40 --out overhead.json
+
+One server and one client. The client waits in two ways in turn, A B A B: it predicts when the reply comes from those
+before, or it does not. A call's overhead is what the client saw it take less what the server says it computed.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads, here and in the server
+
+import argparse
+import contextlib
+import json
+import queue
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tsqp
+from tsqp._channel import Forecast
+
+from . import machine
+from .clients import Worker
+from .quiet import QUIET, Others, wait_for_quiet
+from .report import Samples, figure
+from .rpc import HIDDEN, compute_nothing, stub_model
+from .setting import median, no_garbage_collection
+
+PATIENCE_S = 60.0
+SIZE = 512
+MODULE = "model.layers.0.self_attn.q_proj"
+#: What the runner does between two calls, as a split model's norms do.
+PAUSE_US = 60.0
+#: Calls of a turn that are not counted: the way of waiting has just changed.
+WARMUP = 4
+WAYS = {False: "plain", True: "predicting"}
+
+
+class Work:
+    """A product of matrices that takes as long as was asked for. Its matrices stay in the cache: what neighbours do
+    to the memory is not what is measured."""
+
+    def __init__(self) -> None:
+        self._a, self._b = torch.randn(64 * SIZE, SIZE), torch.randn(SIZE, SIZE)
+        self._rows = 1
+        self.order: tuple[int, float] | None = None
+        self.alone_s: queue.Queue[float] = queue.Queue()
+
+    def __call__(self) -> None:
+        """In the server's thread: torch's number of threads belongs to the thread that asks."""
+        if self.order is not None:
+            order, self.order = self.order, None
+            self.alone_s.put(self._fit(*order))
+        self._compute()
+
+    def _compute(self) -> None:
+        torch.matmul(self._a[: self._rows], self._b)
+
+    def _fit(self, threads: int, seconds: float) -> float:
+        """Finds how many rows take `seconds` by `threads` threads; returns what they take."""
+        torch.set_num_threads(threads)
+        self._rows = SIZE // 4
+        for _ in range(6):
+            self._rows = max(1, min(len(self._a), int(self._rows * seconds / self._typical())))
+        return self._typical()
+
+    def _typical(self) -> float:
+        took = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            self._compute()
+            took.append(time.perf_counter() - begin)
+        return median(took)
+
+
+def serve(wire: Connection, endpoint: str) -> None:
+    """A server whose linear modules take as long as it is told."""
+    machine.die_with_parent()
+    work = Work()
+    server = tsqp.GPUServer(stub_model(torch.float32), endpoint, device="cpu")
+    compute_nothing(server, torch.float32, work)
+    with server.start():
+        wire.send("ready")
+        while (order := wire.recv()) is not None:
+            work.order = order
+            wire.send(None)
+            wire.send(work.alone_s.get())
+
+
+@dataclass
+class Way:
+    """What the calls of one way of waiting took."""
+
+    overhead: Samples = field(default_factory=Samples)
+    compute: Samples = field(default_factory=Samples)
+    cpu_ns: int = 0
+    calls: int = 0
+
+    def __add__(self, other: Way) -> Way:
+        return Way(
+            Samples(self.overhead.ns + other.overhead.ns),
+            Samples(self.compute.ns + other.compute.ns),
+            self.cpu_ns + other.cpu_ns,
+            self.calls + other.calls,
+        )
+
+    @property
+    def compute_us(self) -> float:
+        return self.compute.median_us
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "overhead": self.overhead.as_json(),
+            "compute": self.compute.as_json(),
+            "runner_cpu_us_per_call": round(self.cpu_ns / self.calls / 1000, 3),
+        }
+
+
+def pause() -> None:
+    """Some work of the runner's."""
+    end = time.perf_counter_ns() + int(PAUSE_US * 1000)
+    while time.perf_counter_ns() < end:
+        pass
+
+
+def turn(client: tsqp.GPUClient, h: torch.Tensor, count: int, way: Way) -> None:
+    """`count` calls, added to `way`."""
+    times = client.telemetry.row("gpu_linear")  # calls, ns of round trips, of compute, of waiting at the server
+    for number in range(WARMUP + count):
+        before, cpu = tuple(times), time.process_time_ns()
+        client.linear(MODULE, h)
+        cpu = time.process_time_ns() - cpu
+        _, spent, compute, _ = (now - then for now, then in zip(times, before, strict=True))
+        pause()
+        if number >= WARMUP:
+            way.overhead.ns.append(spent - compute)
+            way.compute.ns.append(compute)
+            way.cpu_ns += cpu
+            way.calls += 1
+
+
+def measure(client: tsqp.GPUClient, pids: Sequence[int], options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Rounds of both ways in turn, each first in every second one. Those in which others took more of the machine than
+    :data:`~benchmarks.quiet.QUIET` are left out, but never more than half."""
+    rounds = []
+    h = torch.randn(1, 1, HIDDEN)
+    site = client._requests.linear(MODULE, h).site
+    forecast = Forecast()
+    with no_garbage_collection():
+        for number in range(options.rounds):
+            wait_for_quiet(options.patience)
+            others, ways = Others(pids), {name: Way() for name in WAYS.values()}
+            for predicts in (False, True) if number % 2 == 0 else (True, False):
+                site.forecast = forecast if predicts else None
+                turn(client, h, count, ways[WAYS[predicts]])
+            rounds.append((others.share(), ways))
+    limit = max(QUIET, median([share for share, _ in rounds]))
+    kept = [(share, ways) for share, ways in rounds if share <= limit]
+    return {
+        "rounds": len(kept),
+        "others": median([share for share, _ in kept]),
+        "compute_ratio": median(
+            [ways["predicting"].compute.median_us / ways["plain"].compute.median_us for _, ways in kept]
+        ),
+        **{name: sum((ways[name] for _, ways in kept), Way()).as_json() for name in WAYS.values()},
+    }
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[Worker, tsqp.GPUClient]]:
+    """A server process and a client of it."""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder, contextlib.ExitStack() as stack:
+        endpoint = f"ipc://{Path(folder) / 's'}"
+        server = Worker(serve, endpoint)
+        stack.callback(server.end)
+        server.hear()
+        client = stack.enter_context(tsqp.GPUClient(endpoint, timeout=PATIENCE_S, connect_timeout=PATIENCE_S))
+        client.init()
+        yield server, client
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    cells = []
+    with connected() as (server, client):
+        for threads in options.threads:
+            for ms in options.ms:
+                wait_for_quiet(options.patience)
+                server.say((threads, ms / 1000))
+                server.hear()
+                client.linear(MODULE, torch.randn(1, 1, HIDDEN))
+                alone = server.hear()
+                count = max(2, int(options.seconds * 1000 / ms))
+                found = measure(client, (os.getpid(), server.pid), options, count)
+                cells.append({"threads": threads, "ms": ms, "alone_ms": round(alone * 1000, 4), **found})
+    return cells
+
+
+def table(cells: Sequence[dict[str, Any]]) -> Table:
+    title = (
+        "Beside the server's compute, median µs a call; compute, predicting over plain; CPU of the runner, share of a "
+        "core; what other processes took of one"
+    )
+    shown = Table(title=title, title_justify="left")
+    names = list(WAYS.values())
+    parts = [f"{part}, {name}" for part in ("overhead", "CPU") for name in names]
+    for column in ("threads", "compute", *parts[:2], "compute ratio", *parts[2:], "others"):
+        shown.add_column(column, justify="right")
+    for cell in cells:
+        ways = [cell[name] for name in names]
+        shown.add_row(
+            str(cell["threads"]),
+            f"{cell['ms']:g} ms",
+            *(figure(way["overhead"]["median_us"]) for way in ways),
+            f"{cell['compute_ratio']:.3f}",
+            *(f"{100 * cpu_share(way):.1f} %" for way in ways),
+            f"{100 * cell['others']:.0f} %",
+        )
+    return shown
+
+
+def cpu_share(way: dict[str, Any]) -> float:
+    """CPU time of the runner in its calls, as a share of their median duration."""
+    us = way["overhead"]["median_us"] + way["compute"]["median_us"]
+    return float(way["runner_cpu_us_per_call"] / us)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
+    parser.add_argument("--ms", type=float, nargs="+", default=[1.0, 3.0, 10.0], help="what the server computes for")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the server")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine each round")
+    parser.add_argument("--out", type=Path, help="where the result is kept as JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cells = run(options)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(table(cells))
+    if options.out is not None:
+        options.out.write_text(json.dumps({"machine": machine.describe(), "cells": cells}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
