@@ -27,6 +27,7 @@ from .errors import (
     TsqpError,
     WaitTimeoutError,
 )
+from .in_slot import ComputingError, InSlot, send_in_slot
 from .protocol import MAX_ERROR_CHARS, METHOD_NAMES, METHOD_OPERATORS, Method, Status
 from .server_ops import LinearTarget, Operators, Reply
 from .sessions import Session
@@ -165,17 +166,15 @@ class Answering:
             method = self._methods.get(tag)
             if method is None:
                 raise RemoteError(f"method {tag} is unknown", Status.UNKNOWN_METHOD)
-            tensors, meta = method[0](session, msg)
-        except RemoteError as error:
-            self._refuse(session, msg, str(error), error.code)
+            reply = method[0](session, msg)
+        except Exception as error:  # noqa: BLE001 - an operator's own fault must not end the server
+            self._fail(session, msg, error)
             return
-        except Exception as error:  # an operator's own fault must not end the server
-            text, status = _operator_fault(error, tag)
-            log.exception("method %s failed", _NAMES.get(tag, tag))
-            self._refuse(session, msg, text, status)
+        if isinstance(reply, InSlot):
+            self._reply_in_slot(request, reply, begin)
             return
         request.compute_ns = time.perf_counter_ns() - begin
-        self._reply(request, tensors, meta, begin - request.seen_ns)
+        self._reply(request, *reply, begin - request.seen_ns)
 
     # --- together ------------------------------------------------------------------------------------------
 
@@ -255,9 +254,25 @@ class Answering:
                     transfer=True,  # fresh results: a large one need not be waited for
                 )
         except MessageTooLargeError as error:
-            self._refuse(session, msg, f"the reply is too large for a message: {error}", Status.LIMIT)
+            self._refuse_too_large(session, msg, error)
             return
-        _, calls, times = self._methods[msg.tag]
+        self._count(request, queue_ns)
+
+    def _reply_in_slot(self, request: Request, reply: InSlot, begin: int) -> None:
+        session, msg = request.session, request.message
+        queue_ns = begin - request.seen_ns
+        try:
+            request.compute_ns = send_in_slot(session.channel, reply, begin, queue_ns, **_in_reply_to(msg))
+        except ComputingError as failed:
+            self._fail(session, msg, failed.__cause__ or failed)
+            return
+        except MessageTooLargeError as error:
+            self._refuse_too_large(session, msg, error)
+            return
+        self._count(request, queue_ns)
+
+    def _count(self, request: Request, queue_ns: int) -> None:
+        _, calls, times = self._methods[request.message.tag]
         calls[0] += 1
         if times is not None:
             times[0] += 1
@@ -275,6 +290,18 @@ class Answering:
             meta=meta,
             **_in_reply_to(request.message),
         )
+
+    def _fail(self, session: Session, msg: Any, error: BaseException) -> None:
+        """Tells the client what is wrong with its request, or that an operator failed."""
+        if isinstance(error, RemoteError):
+            self._refuse(session, msg, str(error), error.code)
+            return
+        text, status = _operator_fault(error, msg.tag)
+        log.error("method %s failed", _NAMES.get(msg.tag, msg.tag), exc_info=error)
+        self._refuse(session, msg, text, status)
+
+    def _refuse_too_large(self, session: Session, msg: Any, error: MessageTooLargeError) -> None:
+        self._refuse(session, msg, f"the reply is too large for a message: {error}", Status.LIMIT)
 
     def _refuse(self, session: Session, msg: Any, text: str, status: int) -> None:
         session.errors += 1
@@ -325,7 +352,7 @@ def _in_reply_to(msg: Any) -> dict[str, Any]:
     }
 
 
-def _operator_fault(error: Exception, tag: int) -> tuple[str, Status]:
+def _operator_fault(error: BaseException, tag: int) -> tuple[str, Status]:
     """The sentence and status for what torch raised; its own text may hold values, so none of it is passed on."""
     name = _NAMES.get(tag, str(tag))
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (

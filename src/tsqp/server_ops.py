@@ -20,6 +20,7 @@ from . import model_info
 from .batching import Request
 from .cuda import Graphs
 from .errors import ConfigError, MetaError, RemoteError
+from .in_slot import InSlot
 from .loading import ServedModel, ServedModule
 from .protocol import (
     FLOAT_DTYPES,
@@ -34,8 +35,10 @@ from .protocol import (
 )
 from .sessions import Session
 
-Reply = tuple[list[torch.Tensor], dict[str, Any] | None]
+Reply = tuple[list[torch.Tensor], dict[str, Any] | None] | InSlot
 _FLOATS = frozenset(FLOAT_NAMES)
+#: A smaller result is copied into its slot in less time than it takes to reserve one.
+_IN_SLOT_FROM_BYTES = 1 << 16
 
 
 class LinearTarget:
@@ -61,7 +64,8 @@ class Operators:
     """The method whitelist of a server: ``handlers`` maps a message's tag to what answers it.
 
     A handler takes the client's session and the request message and returns the reply's tensors (on the device,
-    in the request's wire dtype) and meta. Computation is in the model's dtype.
+    in the request's wire dtype) and meta, or an :class:`InSlot` that computes them where they are sent from.
+    Computation is in the model's dtype.
     """
 
     def __init__(self, served: ServedModel, reply_limit_bytes: int) -> None:
@@ -147,7 +151,7 @@ class Operators:
         except ConfigError as error:
             raise RemoteError(str(error), Status.BAD_SHAPE) from None
         self._check_reply(matmul_elements(a.shape, b.shape, shape), wire, len(shape))
-        return [self._out(torch.matmul(self._in(a), self._in(b)), wire)], None
+        return self._computed(shape, wire, partial(torch.matmul, self._in(a), self._in(b)))
 
     def attention_scores(self, session: Session, msg: Any) -> Reply:
         """Updates the layer's K and V, then q [B, H, Q, D] to q·Kᵀ [B, H, Q, S], unscaled; of the S positions only
@@ -171,10 +175,11 @@ class Operators:
         kv_heads = session.geometry.kv_heads
         stacked = self._in(q).reshape(batch * kv_heads, heads // kv_heads * queries, dim)
         held_k = cache.k if keys is None else cache.k.narrow(1, 0, keys)
-        scores = torch.bmm(stacked, held_k.transpose(1, 2)).view(batch, heads, queries, length)
-        reply = [self._out(scores, wire)]
-        session.commit(layer, cache)
-        return reply, None
+        product = partial(torch.bmm, stacked, held_k.transpose(1, 2))
+        rows = (*stacked.shape[:2], length)
+        return self._computed(
+            (batch, heads, queries, length), wire, product, rows, partial(session.commit, layer, cache)
+        )
 
     def attention_values(self, session: Session, msg: Any) -> Reply:
         """probs [B, H, Q, S] times the first S positions of the layer's V to [B, H, Q, D]."""
@@ -196,8 +201,36 @@ class Operators:
         self._check_reply(batch * heads * queries * geometry.head_dim, wire, 4)
         kv_heads = geometry.kv_heads
         stacked = self._in(probs).reshape(batch * kv_heads, heads // kv_heads * queries, length)
-        values = torch.bmm(stacked, cache.v.narrow(1, 0, length)).view(batch, heads, queries, geometry.head_dim)
-        return [self._out(values, wire)], None
+        product = partial(torch.bmm, stacked, cache.v.narrow(1, 0, length))
+        rows = (*stacked.shape[:2], geometry.head_dim)
+        return self._computed((batch, heads, queries, geometry.head_dim), wire, product, rows)
+
+    def _computed(
+        self,
+        shape: tuple[int, ...],
+        wire: torch.dtype,
+        product: Callable[..., torch.Tensor],
+        rows: tuple[int, ...] | None = None,
+        commit: Callable[[], None] | None = None,
+    ) -> Reply:
+        """The reply ``product()``, which takes ``out=``, as ``shape``; its own shape is ``rows``, where that is another
+        one. ``commit()`` takes over what it was computed from."""
+
+        def compute_into(outs: list[torch.Tensor]) -> None:
+            (out,) = outs
+            if wire is self._dtype:
+                product(out=out if rows is None else out.view(rows))
+            else:
+                out.copy_(product().view(shape))
+            if commit is not None:
+                commit()
+
+        if self._on_cpu and math.prod(shape) * wire.itemsize >= _IN_SLOT_FROM_BYTES:
+            return InSlot(((shape, wire),), compute_into)
+        reply = [self._out(product().view(shape), wire)]
+        if commit is not None:
+            commit()
+        return reply, None
 
     def drop_cache(self, session: Session, msg: Any) -> Reply:
         """Forgets this client's K and V."""
