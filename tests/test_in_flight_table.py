@@ -99,7 +99,7 @@ def test_a_thread_that_has_its_reply_reads_on_for_one_that_can_not_send():
 
 
 def test_ids_that_were_given_up_are_not_kept_without_end(monkeypatch):
-    monkeypatch.setattr("tsqp.in_flight._MAX_LOST", 10)
+    monkeypatch.setattr("tsqp.call_table._MAX_LOST", 10)
     channel, site = FakeChannel(), ping_site()
     flight = InFlight(channel, 64)
     for _ in range(30):
