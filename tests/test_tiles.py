@@ -245,8 +245,10 @@ def test_narrow_models(dtype: torch.dtype) -> None:
 def test_gated_mlps(placement: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     split = tiled(served, placement=placement)
     rows: list[int] = []
-    ask = split.tsqp_client.submit.linear
-    monkeypatch.setattr(split.tsqp_client.submit, "linear", lambda name, h: rows.append(len(h)) or ask(name, h))
+    ask = split.tsqp_client.submit.batch_linear
+    monkeypatch.setattr(
+        split.tsqp_client.submit, "batch_linear", lambda layer, names, h: rows.append(len(h)) or ask(layer, names, h)
+    )
     for inputs in ({"input_ids": token_ids(3, 20)}, {"input_ids": token_ids(1, 1)}):
         assert_same(logits(split, **inputs), logits(served.stock, **inputs), TOLERANCE)
     # 2 x 80 features of 4 bytes are 640 bytes a row, 3 rows a tile; a single row is never cut.
@@ -299,13 +301,13 @@ def test_a_refused_tile_of_an_mlp() -> None:
     with serving(stock) as server:
         split = tiled(Served(stock, server), placement="linear")
         client, ids = split.tsqp_client, token_ids(1, 40)
-        ask, count = client.submit.linear, iter(range(10**6))
+        ask, count = client.submit.batch_linear, iter(range(10**6))
 
-        def refused(name: str, h: Tensor) -> Any:
-            return ask(name, h[:, :-1] if next(count) == 3 else h)
+        def refused(layer: int | None, names: Any, h: Tensor) -> Any:
+            return ask(layer, names, h[:, :-1] if next(count) == 3 else h)
 
-        client.submit.linear = refused
-        with pytest.raises(RemoteError, match=r"has shape \[3, 79\], expected \[.., 80\]"):
+        client.submit.batch_linear = refused
+        with pytest.raises(RemoteError, match=r"has shape \[3, 47\], expected \[.., 48\]"):
             logits(split, input_ids=ids)
         assert (client.errors, client.stats["in_flight"], client.stale_replies) == (1, 0, 0)
         assert_same(logits(split, input_ids=ids), logits(stock, input_ids=ids), TOLERANCE)

@@ -268,6 +268,21 @@ cdef class Port:
                 self.receive_gate.give()
         return self._lease_slow(deadline)
 
+    def recv_or_lease(self, uint64_t request_id, timeout=None):
+        """The next message as :meth:`recv` returns it, but as a :meth:`lease` where it has this `request_id` and lies
+        in a slot. Raises like :meth:`recv`."""
+        cdef uint64_t deadline = deadline_of(timeout)
+        cdef c.tsqp_slot slot
+        if self._may_take():
+            try:
+                self._rx.acquire(&slot, deadline)
+                found = self._decoder.copy_or_lease(self._rx, &slot, deadline, request_id)
+                if self._whole(found.message if type(found) is Lease else found):
+                    return found
+            finally:
+                self.receive_gate.give()
+        return self._recv_slow(deadline)
+
     def recv_nowait(self, bint lease=True):
         """Like :meth:`lease` (``lease=False``: a private copy in the same wrapper) but None where no whole message
         is there yet."""

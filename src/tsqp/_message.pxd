@@ -65,9 +65,12 @@ cdef class Decoder(Scratch):
     cdef int _parse(self, const uint8_t *first, uint64_t looked, uint64_t available, const uint8_t *rest) except -1
     cdef bytes _meta(self, const uint8_t *first, uint64_t looked, const uint8_t *rest)
     cdef Message read_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns, bint view)
+    cdef Message _read_head(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns)
+    cdef int _read_tensors(self, Ring ring, tsqp_slot *slot, Message message, uint64_t deadline_ns, bint view) except -1
     cdef object _copy_tensors(self, Ring ring, tsqp_slot *slot, Message message, uint64_t deadline_ns)
     cdef _frame_tensor(self, tsqp_tensor_desc *desc, frame)
     cdef Lease lease_slot(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns)
+    cdef object copy_or_lease(self, Ring ring, tsqp_slot *slot, uint64_t deadline_ns, uint64_t request_id)
 
 
 cdef bytes meta_of(object meta)

@@ -43,12 +43,16 @@ cdef class Decoder(Scratch):
     cdef Message read_slot(self, Ring ring, c.tsqp_slot *slot, uint64_t deadline_ns, bint view):
         """The message in an acquired slot, which may still be filling; its tensors are copied out or, with `view`,
         lie in the slot and pin the mapping. A wait that fails gives the slot back unread."""
+        cdef Message message = self._read_head(ring, slot, deadline_ns)
+        if not message.flags & OUT_OF_SLOT:
+            self._read_tensors(ring, slot, message, deadline_ns, view)
+        return message
+
+    cdef Message _read_head(self, Ring ring, c.tsqp_slot *slot, uint64_t deadline_ns):
+        """A message without its tensors, from a private copy."""
         cdef uint8_t first[FIRST_LOOK_BYTES]
         cdef uint64_t looked = slot.nbytes if slot.nbytes < FIRST_LOOK_BYTES else FIRST_LOOK_BYTES
         cdef uint64_t head
-        cdef Message message
-        cdef c.tsqp_tensor_desc *desc
-        cdef uint32_t i
         if slot.filled < looked:
             ring.fill_wait(slot, looked, deadline_ns)
         c.tsqp_copy_from_shared(first, slot.data, looked)
@@ -56,14 +60,18 @@ cdef class Decoder(Scratch):
             head = c.tsqp_message_head_bytes(<c.tsqp_message_header *>first)  # not validated yet: clipped
             ring.fill_wait(slot, slot.nbytes if slot.nbytes < head else head, deadline_ns)
         self._parse(first, looked, slot.nbytes, slot.data)
-        message = _new_message(&self.inn.header, self._meta(first, looked, slot.data), "ring")
-        if self.inn.header.flags & OUT_OF_SLOT:
-            return message  # its tensors are not in this slot
+        return _new_message(&self.inn.header, self._meta(first, looked, slot.data), "ring")
+
+    cdef int _read_tensors(self, Ring ring, c.tsqp_slot *slot, Message message, uint64_t deadline_ns,
+                           bint view) except -1:
+        """Adds the tensors of `inn`, the message whose head was just read."""
+        cdef c.tsqp_tensor_desc *desc
+        cdef uint32_t i
         if self.inn.header.total_bytes != slot.nbytes:
             check(c.TSQP_BAD_TOTAL)
         if not view:
             self._copy_tensors(ring, slot, message, deadline_ns)
-            return message
+            return 0
         for i in range(self.inn.header.tensor_count):
             desc = &self.inn.tensors[i]
             if desc.encoding != c.TSQP_PLAIN:
@@ -73,7 +81,7 @@ cdef class Decoder(Scratch):
             message.tensors.append(_wrap(desc, slot.data + desc.offset, NULL, ring.segment.ptr))
         if slot.filled < slot.nbytes:
             ring.fill_wait(slot, slot.nbytes, deadline_ns)
-        return message
+        return 0
 
     cdef object _decoded(self, Ring ring, c.tsqp_slot *slot, c.tsqp_tensor_desc *desc, uint64_t deadline_ns):
         """An encoded tensor of the slot in private memory."""
@@ -142,6 +150,31 @@ cdef class Decoder(Scratch):
         lease.slot = slot[0]
         lease.open = True
         return lease
+
+    cdef object copy_or_lease(self, Ring ring, c.tsqp_slot *slot, uint64_t deadline_ns, uint64_t request_id):
+        """The message in an acquired slot: of this request id as a :class:`Lease`, of another one copied out."""
+        cdef Message message
+        cdef Lease lease
+        cdef bint keep = False
+        try:
+            message = self._read_head(ring, slot, deadline_ns)
+            if message.flags & OUT_OF_SLOT:
+                return message
+            keep = message.request_id == request_id
+            self._read_tensors(ring, slot, message, deadline_ns, keep)
+            if not keep:
+                return message
+            lease = Lease.__new__(Lease)
+            lease.ring, lease.message = ring, message
+            lease.slot = slot[0]
+            lease.open = True
+            return lease
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if not keep:
+                c.tsqp_ring_release(ring.ptr, slot)  # in vain where it was given back unread
 
     def decode_frames(self, head, list frames):
         """The message in ZeroMQ frames: `head` and one frame per tensor, whose memory the tensors keep alive."""

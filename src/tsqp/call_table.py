@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import CancelledError
 from copy import copy
 from typing import Any
 
 from .awaiting import Loops
 from .errors import ClosedError, PeerDiedError, ProtocolError, TsqpError
 from .kv_lengths import Outcome
-from .pending import OPEN, SETTLED, PendingCall
+from .pending import DROPPED, OPEN, SETTLED, PendingCall
 from .tracing import Recorder
 from .waiter import Waiter
 
@@ -38,6 +39,15 @@ class CallTable:
     def __len__(self) -> int:
         """How many calls are in flight now, cancelled ones included, a blocking call alone on the channel not."""
         return len(self._pending)
+
+    def cancel(self, call: PendingCall[Any]) -> bool:
+        """See :meth:`PendingCall.cancel`."""
+        with self._table:
+            if call.state == OPEN:
+                call.error = CancelledError("this call was cancelled; make it anew")
+                call.state = DROPPED
+                self._wake_ready()
+            return call.state == DROPPED
 
     def _deliver(self, reply: Any) -> None:
         """Gives a reply to its call. Raises :class:`ProtocolError` if there is none. Callers hold `_reading`."""

@@ -235,6 +235,11 @@ class Channel(Port):
         return self.flush_due
 
     @property
+    def reply_slots(self) -> int:
+        """How many slots there are for what the peer sends; 0 where there is no shared memory."""
+        return 0 if self._segment is None else self._segment.max_chunks
+
+    @property
     def mapping(self) -> tuple[int, int] | None:
         """Address and bytes of the channel's shared memory in this process, for page-locking; None without any."""
         return None if self._segment is None else (self._segment.address, self._segment.nbytes)

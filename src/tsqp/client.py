@@ -17,6 +17,7 @@ from .calls import Protection
 from .errors import ConfigError
 from .fused_requests import FusedRequests, KvSequence
 from .in_flight import InFlight
+from .in_place import InPlace
 from .model_info import InitInfo
 from .protocol import FLOAT_DTYPES, Method
 from .requests import Requests
@@ -91,6 +92,8 @@ class GPUClient:
         self.fused = FusedRequests(self._requests)
         #: The calls that do not wait, see :class:`Submitter`.
         self.submit = Submitter(self._requests, self._flight, self.fused)
+        #: Calls whose tensors are read and written in their slots, see :class:`InPlace`.
+        self.in_place = InPlace(self._requests, self._flight)
 
     # --- calls ---------------------------------------------------------------------------------------------
 

@@ -6,17 +6,21 @@ settles the calls they belong to, the others sleep until theirs is settled or it
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, TypeVar
 
+import torch
+
+from ._message import Lease
 from .call_table import CallTable
 from .errors import ClosedError, MessageError, WaitTimeoutError
 from .kv_lengths import Outcome
-from .pending import DROPPED, OPEN, PendingCall
+from .pending import OPEN, SETTLED, PendingCall
 from .waiter import Waiter
 
 T = TypeVar("T")
@@ -29,14 +33,16 @@ MAX_BYTES_IN_FLIGHT = 512 << 20
 _TAKE_FROM = 4
 #: How long a thread that has its reply reads on at a time, while another thread can't get its request sent.
 _RELIEF_S = 0.005
+#: What a message of a tensor or two holds beside them, and more.
+_HEAD_BYTES = 8192
 
 
 class InFlight(CallTable):
     """The requests in flight on one channel. Threads may share it.
 
     A thread sends under `_sending`, so that ids, the state the server keeps and the wire have one order, and
-    receives under `_reading`; `_table` guards the bookkeeping. Who holds `_sending` may take `_reading`, never
-    the other way round, and nothing is waited for under `_table`.
+    receives under `_reading`; `_table` guards the bookkeeping. Who holds `_sending` may take `_reading`, the other
+    way round only without waiting, and nothing is waited for under `_table`.
     """
 
     def __init__(self, channel: Any, max_in_flight: int, timeout: float | None = None) -> None:
@@ -50,6 +56,7 @@ class InFlight(CallTable):
         self._reading = threading.Lock()
         self._awaited = self._loops.readers  # asking a list costs less
         self._writing = False  # a thread is in the channel's send, and may need somebody to read
+        self._leaving = 0  # who wants replies left in their slots
 
     # --- calls ---------------------------------------------------------------------------------------------
 
@@ -78,21 +85,42 @@ class InFlight(CallTable):
             self._submit(call, timeout)
         return call
 
-    def cancel(self, call: PendingCall[Any]) -> bool:
-        """See :meth:`PendingCall.cancel`."""
-        with self._table:
-            if call.state == OPEN:
-                call.error = CancelledError("this call was cancelled; make it anew")
-                call.state = DROPPED
-                self._wake_ready()
-            return call.state == DROPPED
-
-    def wait_for(self, call: PendingCall[Any], timeout: float | None) -> None:
-        """Returns when the call is done; raises :class:`WaitTimeoutError` after ``timeout`` seconds."""
-        if not self._wait(call.done, timeout):
+    def wait_for(self, call: PendingCall[Any], timeout: float | None, in_place: bool = False) -> None:
+        """Returns when the call is done; raises :class:`WaitTimeoutError` after ``timeout`` seconds. ``in_place`` is
+        for :meth:`held`."""
+        if not self._wait(call.done, timeout, call if in_place else None):
             raise WaitTimeoutError(
                 f"no reply to request {call.request_id} in {timeout} s; it may still come, ask again"
             )
+
+    @contextmanager
+    def held(self, call: PendingCall[T], timeout: float | None) -> Iterator[T]:
+        """The result of a call that nobody else asks for, valid inside the block only: its tensors lie where the reply
+        does, if this thread is the one that reads it from a slot. The server may write there at any time. Nothing is to
+        be waited for inside: nobody else reads meanwhile, as a ring can't be read past a lap that holds a lease.
+        """
+        try:
+            if call.state == OPEN:
+                self.wait_for(call, timeout, in_place=True)
+            yield call.conclude()
+        finally:
+            if call.lease is not None:
+                try:
+                    call.give_back()
+                finally:
+                    self._reading.release()
+                    self._relieve()
+
+    @contextmanager
+    def leaving_replies(self) -> Iterator[None]:
+        """Inside the block :meth:`submit` leaves replies in their slots for :meth:`held` while there are enough."""
+        with self._table:
+            self._leaving += 1
+        try:
+            yield
+        finally:
+            with self._table:
+                self._leaving -= 1
 
     async def arrival(self, ready: Callable[[], bool]) -> None:
         """Returns once ``ready()``, for coroutines and without a limit: the event loop goes on."""
@@ -155,7 +183,7 @@ class InFlight(CallTable):
         """Sends a request of which the table knows. Callers hold `_sending`."""
         self._prepare(call)
         begin = time.perf_counter_ns()
-        if len(self._pending) >= _TAKE_FROM:
+        if len(self._pending) >= (max(_TAKE_FROM, self.channel.reply_slots) if self._leaving else _TAKE_FROM):
             self.take_ready()
         nbytes = call.wire_bytes()
         if not self.has_room(nbytes):
@@ -169,6 +197,45 @@ class InFlight(CallTable):
             if self._awaited:
                 self.channel.helper().look()  # a send that had to wait may have read ahead
         call.tensors = ()
+
+    def submit_in_place(
+        self,
+        call: PendingCall[Any],
+        specs: Sequence[tuple[Sequence[int], torch.dtype]],
+        fill: Callable[[list[torch.Tensor]], object],
+    ) -> bool:
+        """Sends a request whose tensors, of these shapes and dtypes, ``fill`` writes where they are sent from. False,
+        and nothing is done, where that might mean waiting for anybody: the caller may hold what they wait for.
+
+        The call must change nothing the server keeps.
+        """
+        request_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+        nbytes = request_bytes + call.wire_bytes()
+        fits = request_bytes + _HEAD_BYTES < self.channel.threshold
+        if not (fits and self._sending.acquire(False)):
+            return False
+        try:
+            if not (self.has_room(nbytes) and self.channel.can_send()):
+                return False
+            self._prepare(call)
+            try:
+                with self.channel.reserve(
+                    specs,
+                    tag=call.site.method,
+                    meta=call.meta,
+                    request_id=call.request_id,
+                    site=call.site.id,
+                    index=call.index,
+                    timeout=self.timeout,
+                ) as outs:
+                    fill(outs)
+                    self._enlist(call, time.perf_counter_ns(), nbytes)
+            except BaseException:
+                self._lose(call, Outcome.UNKNOWN)
+                raise
+            return True
+        finally:
+            self._sending.release()
 
     def has_room(self, nbytes: int = 0) -> bool:
         """Whether another request of ``nbytes`` may be sent without waiting for a reply."""
@@ -232,17 +299,19 @@ class InFlight(CallTable):
             raise WaitTimeoutError(f"no reply to request {call.request_id} in {timeout} s")
         return call.conclude()
 
-    def _wait(self, ready: Callable[[], bool], timeout: float | None) -> bool:
-        """Waits until ``ready()``, and while it is this thread's turn reads for all; False after ``timeout`` s."""
+    def _wait(self, ready: Callable[[], bool], timeout: float | None, in_place: PendingCall[Any] | None = None) -> bool:
+        """Waits until ``ready()``, and while it is this thread's turn reads for all; False after ``timeout`` s. The
+        reply to ``in_place`` stays in its slot if it is read here, and `_reading` with this thread."""
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter: Waiter | None = None
         try:
             while not ready():
                 if self._reading.acquire(blocking=False):
                     try:
-                        return self._read_until(ready, deadline)
+                        return self._read_until(ready, deadline, in_place)
                     finally:
-                        self._reading.release()
+                        if in_place is None or in_place.lease is None:
+                            self._reading.release()
                 if waiter is None:
                     waiter = Waiter(ready)
                     with self._table:
@@ -257,16 +326,32 @@ class InFlight(CallTable):
                     self._waiters.remove(waiter)
             self._relieve()
 
-    def _read_until(self, ready: Callable[[], bool], deadline: float | None) -> bool:
+    def _read_until(self, ready: Callable[[], bool], deadline: float | None, in_place: PendingCall[Any] | None) -> bool:
         """Callers hold `_reading`."""
         while not ready():
             try:
-                self._deliver(self._recv(None if deadline is None else max(deadline - time.monotonic(), 0.0)))
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if in_place is None:
+                    self._deliver(self._recv(left))
+                else:
+                    self._deliver_in_place(in_place, self.channel.recv_or_lease(in_place.request_id, left))
             except WaitTimeoutError:
                 return ready()
             except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
                 self._fail_all(error)
         return True
+
+    def _deliver_in_place(self, call: PendingCall[Any], arrived: Any) -> None:
+        if not isinstance(arrived, Lease):
+            self._deliver(arrived)
+            return
+        call.lease = arrived
+        try:
+            self._deliver(arrived.message)
+        finally:
+            if call.state != SETTLED or call.error is not None:
+                call.lease = None
+                arrived.release()
 
     def take_ready(self) -> bool:
         """Delivers the replies that are there already; False: another thread reads."""

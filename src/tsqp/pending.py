@@ -11,6 +11,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ._message import Lease
 from .calls import Shapes, Site, check_tensors, remote_error
 from .errors import ConfigError, ProtocolError, RemoteError, TsqpError
 from .kv_lengths import Outcome
@@ -82,6 +83,7 @@ class PendingCall(Generic[T]):
         "flight",
         "history",
         "index",
+        "lease",
         "meta",
         "nbytes",
         "request_id",
@@ -124,6 +126,8 @@ class PendingCall(Generic[T]):
         self._single, self._cast, self._finish = single, cast, finish
         self.error: BaseException | None = None
         self.state = OPEN
+        #: Holds the slot in which the result lies, where that is still the reply's.
+        self.lease: Lease | None = None
 
     # --- for users -----------------------------------------------------------------------------------------
 
@@ -242,6 +246,14 @@ class PendingCall(Generic[T]):
         self._value = value
         self.state = CONCLUDED
         return value
+
+    def give_back(self) -> None:
+        """Releases the slot in which the result lies, if there is one; the result is gone with it."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            self._reply = self._value = None
+            self.state = CONCLUDED
+            lease.release()
 
     def wire_bytes(self) -> int:
         """Bytes of the request's and the expected reply's tensors."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import model_info
-from .calls import Protection, Site, check_tensors, reply_meta
+from .calls import Protection, Shape, Site, check_tensors, reply_meta
 from .errors import ConfigError, ProtocolError
 from .kv_lengths import Change, KvLengths, Reset
 from .model_info import InitInfo
@@ -137,10 +137,30 @@ class Requests:
         return PendingCall(site, tensors, None, self._wire, True, self._back(q), meta=meta, history=change)
 
     def attention_values(self, layer_idx: int, probs: Tensor) -> PendingCall[Tensor]:
+        visible = self._outgoing(probs)
+        return self.values_of(layer_idx, probs.shape, (visible,), self._back(probs))
+
+    # --- requests whose tensors are written later, in the wire's dtype ---------------------------------------
+
+    def values_of(
+        self, layer_idx: int, shape: Shape, tensors: Sequence[Tensor] = (), cast: torch.dtype | None = None
+    ) -> PendingCall[Tensor]:
+        """:meth:`attention_values` of weights of this shape."""
         key = ("values", layer_idx)
         site = self._sites.get(key) or self._site(key, Method.ATTENTION_VALUES, {"layer": int(layer_idx)})
-        shape = (*probs.shape[:-1], self.init().geometry.head_dim)
-        return PendingCall(site, (self._outgoing(probs),), (shape,), self._wire, True, self._back(probs))
+        values = (*shape[:-1], self.init().geometry.head_dim)
+        return PendingCall(site, tensors, (values,), self._wire, True, cast)
+
+    def linear_of(self, name: str, shape: torch.Size) -> PendingCall[Tensor]:
+        """:meth:`linear` of an input of this shape. Not for a protected client: what travels is the input itself."""
+        key = (None, (name,))
+        site = self._linear_sites.get(key) or self._linear_site(*key)
+        return PendingCall(site, (), site.shapes(shape), self._wire, True)
+
+    @property
+    def protected(self) -> bool:
+        """Whether the server sees something else than the inputs and outputs of linear modules."""
+        return self._protection is not None
 
     def drop_cache(self) -> PendingCall[None]:
         site = self._site("drop_cache", Method.DROP_CACHE)

@@ -2,13 +2,15 @@
 
 A causal tile only looks at the keys up to its last row's, so about half the scores are neither computed nor sent. K
 and V travel once, each tile bringing those that no tile before it needed. All requests are pipelined
-(``client.submit``); a tile's pair of requests is a round trip of its own each.
+(``client.submit``); a tile's pair of requests is a round trip of its own each. Where possible the softmax reads the
+scores in the slot they came in and writes the weights into the one they leave by (:mod:`tsqp.in_place`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ class TiledAttention:
         self.query, self.key, self.value = tensors
         self.mask, self.factor, self.fraction, self.causal = mask, factor, fraction, causal
         self._calls: list[PendingCall[Any]] = []
+        #: Scores are read, and weights written, where they lie in a slot.
+        self._direct = client.in_place.suits(self.query.dtype)
         #: Positions the server holds once all that was sent is done.
         self.held = 0
 
@@ -59,7 +63,8 @@ class TiledAttention:
         ``change`` brings the server's K and V up to date. Whatever goes wrong, nothing is left in flight that
         somebody might wait for: a :class:`RemoteError` is raised when the server has answered all that was sent.
         """
-        with settle_all(self.client.timeout) as self._calls:
+        direct = self._direct
+        with settle_all(self.client.timeout) as self._calls, self.client.in_place.leaving_replies(direct):
             return self._run(tiles, change, want_probs)
 
     def _run(self, tiles: Sequence[Tile], change: Change, want_probs: bool) -> tuple[Tensor, Tensor | None]:
@@ -69,20 +74,14 @@ class TiledAttention:
         scores: deque[PendingCall[Tensor]] = deque()
         values: deque[tuple[Tile, PendingCall[Tensor]]] = deque()
         largest = max((tile.stop - tile.first) * tile.keys for tile in tiles)
-        scratch = self.query.new_empty(batch * heads * largest)
+        self._scratch = self.query.new_empty(batch * heads * largest)
         waiting = iter(tiles)
         for number, tile in enumerate(tiles):
             begin = self.clock.now()
             while len(scores) <= _AHEAD and (coming := next(waiting, None)) is not None:
                 scores.append(self._ask_scores(coming, change if not scores and number == 0 else None))
-            found = scores.popleft().result(self.client.timeout)
-            self._check(found, tile)
-            self.clock.remote_done(begin)
-            weights = self._softmax(found, tile, scratch)
-            if probs is not None:
-                probs[:, :, tile.first : tile.stop, : tile.keys] = weights
+            values.append((tile, self._weigh(scores.popleft(), tile, begin, probs)))
             begin = self.clock.now()
-            values.append((tile, self._sent(self.client.submit.attention_values(self.layer, weights))))
             while values and values[0][1].done():
                 _place(out, *values.popleft(), self.client.timeout)
             self.clock.remote_done(begin)
@@ -91,6 +90,26 @@ class TiledAttention:
             _place(out, tile, call, self.client.timeout)
         self.clock.remote_done(begin)
         return out, probs
+
+    def _weigh(self, scores: PendingCall[Tensor], tile: Tile, begin: int, probs: Tensor | None) -> PendingCall[Tensor]:
+        """Requests a tile's values, with the weights of its scores, asked for at ``begin``."""
+        in_place = self.client.in_place
+        with in_place.result(scores, self._direct) as found:
+            self._check(found, tile)
+            self.clock.remote_done(begin)
+            if self._direct and probs is None:
+                sent = in_place.attention_values(self.layer, found, partial(self._softmax, found, tile))
+                if sent is not None:
+                    return self._sent(sent)
+            # What is submitted may be changed afterwards: every tile's weights lie in the same memory.
+            weights = self._scratch[: found.numel()].view(found.shape)
+            self._softmax(found, tile, weights)
+        if probs is not None:
+            probs[:, :, tile.first : tile.stop, : tile.keys] = weights
+        begin = self.clock.now()
+        call = self._sent(self.client.submit.attention_values(self.layer, weights))
+        self.clock.remote_done(begin)
+        return call
 
     def _ask_scores(self, tile: Tile, change: Change | None) -> PendingCall[Tensor]:
         """Requests a tile's scores, with the keys and values up to its last that the server does not have."""
@@ -120,17 +139,14 @@ class TiledAttention:
         if scores.shape[-1] != tile.keys:
             raise ProtocolError(f"the server's scores of layer {self.layer} do not cover the keys sent to it")
 
-    def _softmax(self, scores: Tensor, tile: Tile, scratch: Tensor) -> Tensor:
+    def _softmax(self, scores: Tensor, tile: Tile, out: Tensor) -> None:
         begin = self.clock.now()
-        # What is submitted may be changed afterwards: every tile's weights lie in the same memory.
-        out = scratch[: scores.numel()].view(scores.shape)
         mask = self.mask
         if mask is not None:
             rows = slice(tile.first, tile.stop) if mask.shape[-2] > 1 else slice(None)
             mask = mask[..., rows, : tile.keys]
-        weights = ops.causal_softmax(scores, mask, self.fraction, causal=self.causal, out=out)
+        ops.causal_softmax(scores, mask, self.fraction, causal=self.causal, out=out)
         self.clock.add("tee_softmax", begin)
-        return weights
 
 
 def _place(out: Tensor, tile: Tile, call: PendingCall[Tensor], timeout: float | None) -> None:

@@ -1,4 +1,6 @@
-"""A gated MLP in row tiles: the server multiplies one tile while the runner takes SiLU·gate of the one before."""
+"""A gated MLP in row tiles: the server multiplies one tile while the runner takes SiLU·gate of the one before, from
+slot to slot where possible (:mod:`tsqp.in_place`).
+"""
 
 from __future__ import annotations
 
@@ -67,12 +69,13 @@ class GatedMlp:
         return out
 
     def _in_tiles(self, x: Tensor, rows: int, tile_rows: int) -> Tensor:
-        with settle_all(self._client.timeout) as calls:
-            return self._run(x.detach().reshape(rows, -1), tile_rows, calls).view(*x.shape[:-1], -1)
+        direct = self._client.in_place.suits(x.dtype)
+        with settle_all(self._client.timeout) as calls, self._client.in_place.leaving_replies(direct):
+            return self._run(x.detach().reshape(rows, -1), tile_rows, calls, direct).view(*x.shape[:-1], -1)
 
-    def _run(self, x: Tensor, tile_rows: int, calls: list[PendingCall[Any]]) -> Tensor:
+    def _run(self, x: Tensor, tile_rows: int, calls: list[PendingCall[Any]], direct: bool) -> Tensor:
         module: Any = self._module
-        inner, down = (module.gate_proj.name, module.up_proj.name), module.down_proj.name
+        inner = (module.gate_proj.name, module.up_proj.name)
         submit, clock, timeout = self._client.submit, self._clock, self._client.timeout
         out = x.new_empty(x.shape[0], module.down_proj.out_features)
         waiting = iter(x.split(tile_rows))
@@ -83,12 +86,9 @@ class GatedMlp:
             while len(first) <= _AHEAD and (tile := next(waiting, None)) is not None:
                 first.append(submit.batch_linear(None, inner, tile))
                 calls.append(first[-1])
-            gate, up = first.popleft().result(timeout)
-            clock.remote_done(begin)
-            active = self._gated(gate, up, out=gate)  # both are this call's own
-            begin = clock.now()
-            second.append((row, submit.linear(down, active)))
+            second.append((row, self._activate(first.popleft(), begin, direct)))
             calls.append(second[-1][1])
+            begin = clock.now()
             while second and second[0][1].done():
                 _place(out, *second.popleft(), timeout)
             clock.remote_done(begin)
@@ -97,6 +97,23 @@ class GatedMlp:
             _place(out, row, call, timeout)
         clock.remote_done(begin)
         return out
+
+    def _activate(self, inner: PendingCall[list[Tensor]], begin: int, direct: bool) -> PendingCall[Tensor]:
+        """Requests the rest of a tile, with the activation of its gate and up, asked for at ``begin``."""
+        module: Any = self._module
+        down, client, clock = module.down_proj.name, self._client, self._clock
+        with client.in_place.result(inner, direct) as (gate, up):
+            clock.remote_done(begin)
+            if direct:
+                sent = client.in_place.linear(down, gate, lambda out: self._gated(gate, up, out=out))
+                if sent is not None:
+                    return sent
+            # Both are this call's own, but in a slot they are not alone.
+            active = self._gated(gate, up, out=None if direct else gate)
+        begin = clock.now()
+        call = client.submit.linear(down, active)
+        clock.remote_done(begin)
+        return call
 
 
 def _is_plain(part: nn.Module) -> bool:
