@@ -30,6 +30,7 @@ from .protocol import (
     MAX_REPLY_BYTES,
     PROTECTION_LINE,
 )
+from .server_attention import AttentionOperators
 from .server_fused import FusedOperators
 from .server_ops import Operators
 from .serving import make_default_directory, stop_signals
@@ -116,7 +117,9 @@ class GPUServer:
         if compile:
             compile_mlps(self._served, "inductor" if compile is True else compile)
         self._operators = Operators(self._served, reply_limit_bytes)
-        handlers = self._operators.handlers | FusedOperators(self._served, self._operators).handlers
+        handlers = self._operators.handlers
+        for part in (AttentionOperators, FusedOperators):
+            handlers = handlers | part(self._served, self._operators).handlers
         self.telemetry = Telemetry()
         cuda = CudaWork(self._served.device) if self._served.device.type == "cuda" else None
         self._answering = Answering(self._operators, handlers, self.telemetry, batching, cuda)

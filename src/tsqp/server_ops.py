@@ -86,8 +86,6 @@ class Operators:
             int(Method.BATCH_LINEAR): self.batch_linear,
             int(Method.MATMUL): self.matmul,
             int(Method.LM_HEAD): self.lm_head,
-            int(Method.ATTENTION_SCORES): self.attention_scores,
-            int(Method.ATTENTION_VALUES): self.attention_values,
             int(Method.PING): self.ping,
             int(Method.STATS): self.stats,
             int(Method.DROP_CACHE): self.drop_cache,
@@ -152,85 +150,6 @@ class Operators:
             raise RemoteError(str(error), Status.BAD_SHAPE) from None
         self._check_reply(matmul_elements(a.shape, b.shape, shape), wire, len(shape))
         return self._computed(shape, wire, partial(torch.matmul, self._in(a), self._in(b)))
-
-    def attention_scores(self, session: Session, msg: Any) -> Reply:
-        """Updates the layer's K and V, then q [B, H, Q, D] to q·Kᵀ [B, H, Q, S], unscaled; of the S positions only
-        the first ``keys``, where the meta says so.
-
-        The H query heads share Hkv kv heads in groups of H/Hkv neighbours; K is not repeated, the group's
-        queries are stacked along Q instead.
-        """
-        layer, keep, drop, reorder, keys = self._scores_meta(msg)
-        q, k_new, v_new, *rest = _tensors(msg, 4 if reorder else 3)
-        wire = _wire_dtype(q, k_new, v_new)
-        self._check_heads(q, k_new, v_new)
-        index = self._row_index(rest[0], q.shape[0]) if reorder else None
-        k, v = self._in(k_new), self._in(v_new)
-        held = session.layer(layer)
-        kept = keep if keep is not None else max((held.length if held else 0) - drop, 0)
-        length = _checked_keys(keys, kept + k.shape[2])
-        self._check_reply(math.prod(q.shape[:3]) * length, wire, 4)
-        cache = session.planned(layer, k, v, keep=keep, drop=drop, batch_index=index)
-        batch, heads, queries, dim = q.shape
-        kv_heads = session.geometry.kv_heads
-        stacked = self._in(q).reshape(batch * kv_heads, heads // kv_heads * queries, dim)
-        held_k = cache.k if keys is None else cache.k.narrow(1, 0, keys)
-        product = partial(torch.bmm, stacked, held_k.transpose(1, 2))
-        rows = (*stacked.shape[:2], length)
-        return self._computed(
-            (batch, heads, queries, length), wire, product, rows, partial(session.commit, layer, cache)
-        )
-
-    def attention_values(self, session: Session, msg: Any) -> Reply:
-        """probs [B, H, Q, S] times the first S positions of the layer's V to [B, H, Q, D]."""
-        layer = self._target(session, msg, self._layer_target)
-        (probs,) = _tensors(msg, 1)
-        wire = _wire_dtype(probs)
-        cache = session.layer(layer)
-        if cache is None:
-            raise RemoteError(f"layer {layer} holds no V; send attention scores first", Status.BAD_REQUEST)
-        geometry = session.geometry
-        shape = tuple(probs.shape)
-        if len(shape) != 4 or shape[:2] != (cache.batch, geometry.heads) or shape[3] > cache.length:
-            raise RemoteError(
-                f"attention weights of layer {layer} have shape {list(shape)}, "
-                f"expected [{cache.batch}, {geometry.heads}, queries, up to {cache.length}]",
-                Status.BAD_SHAPE,
-            )
-        batch, heads, queries, length = shape
-        self._check_reply(batch * heads * queries * geometry.head_dim, wire, 4)
-        kv_heads = geometry.kv_heads
-        stacked = self._in(probs).reshape(batch * kv_heads, heads // kv_heads * queries, length)
-        product = partial(torch.bmm, stacked, cache.v.narrow(1, 0, length))
-        rows = (*stacked.shape[:2], geometry.head_dim)
-        return self._computed((batch, heads, queries, geometry.head_dim), wire, product, rows)
-
-    def _computed(
-        self,
-        shape: tuple[int, ...],
-        wire: torch.dtype,
-        product: Callable[..., torch.Tensor],
-        rows: tuple[int, ...] | None = None,
-        commit: Callable[[], None] | None = None,
-    ) -> Reply:
-        """The reply ``product()``, which takes ``out=``, as ``shape``; its own shape is ``rows``, where that is another
-        one. ``commit()`` takes over what it was computed from."""
-
-        def compute_into(outs: list[torch.Tensor]) -> None:
-            (out,) = outs
-            if wire is self._dtype:
-                product(out=out if rows is None else out.view(rows))
-            else:
-                out.copy_(product().view(shape))
-            if commit is not None:
-                commit()
-
-        if self._on_cpu and math.prod(shape) * wire.itemsize >= _IN_SLOT_FROM_BYTES:
-            return InSlot(((shape, wire),), compute_into)
-        reply = [self._out(product().view(shape), wire)]
-        if commit is not None:
-            commit()
-        return reply, None
 
     def drop_cache(self, session: Session, msg: Any) -> Reply:
         """Forgets this client's K and V."""
@@ -299,15 +218,6 @@ class Operators:
             raise RemoteError(str(error), Status.UNKNOWN_MODULE) from None
         return layer  # type: ignore[return-value]
 
-    def _scores_meta(self, msg: Any) -> tuple[int, int | None, int, bool, int | None]:
-        # Not remembered by its bytes: "keep" grows with every token.
-        meta = _meta(msg)
-        layer = self._layer_target(meta)
-        keep, drop, keys = (_positions(meta, name) for name in ("keep", "drop", "keys"))
-        if drop is None and "drop" in meta:
-            raise RemoteError("meta 'drop' is None, expected a number of positions", Status.BAD_REQUEST)
-        return layer, keep, drop or 0, meta.get("reorder") is True, keys
-
     # --- checks and conversions ----------------------------------------------------------------------------
 
     def target_of(self, request: Request) -> LinearTarget | None:
@@ -353,23 +263,6 @@ class Operators:
         self._check_reply(h.numel() // width * target.outs, wire, len(shape))
         target.passed = (wire, shape)
 
-    def _check_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        geometry = self._served.geometry
-        wanted = (("q", q, geometry.heads), ("k", k, geometry.kv_heads), ("v", v, geometry.kv_heads))
-        for name, tensor, heads in wanted:
-            shape = tensor.shape
-            if len(shape) != 4 or shape[1] != heads or shape[3] != geometry.head_dim or shape[0] < 1:
-                raise RemoteError(
-                    f"{name} has shape {list(shape)}, expected [batch, {heads}, count, {geometry.head_dim}]",
-                    Status.BAD_SHAPE,
-                )
-        if k.shape != v.shape or k.shape[0] != q.shape[0]:
-            raise RemoteError(
-                f"q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
-                "k and v need one shape, all three one batch",
-                Status.BAD_SHAPE,
-            )
-
     def _row_index(self, index: torch.Tensor, batch: int) -> torch.Tensor:
         if index.dtype is not torch.int64:
             raise RemoteError(f"batch_index is {index.dtype}; send torch.int64", Status.BAD_DTYPE)
@@ -388,6 +281,33 @@ class Operators:
                 "send fewer rows per request",
                 Status.LIMIT,
             )
+
+    def _computed(
+        self,
+        shape: tuple[int, ...],
+        wire: torch.dtype,
+        product: Callable[..., torch.Tensor],
+        rows: tuple[int, ...] | None = None,
+        commit: Callable[[], None] | None = None,
+    ) -> Reply:
+        """The reply ``product()``, which takes ``out=``, as ``shape``; its own shape is ``rows``, where that is another
+        one. ``commit()`` takes over what it was computed from."""
+
+        def compute_into(outs: list[torch.Tensor]) -> None:
+            (out,) = outs
+            if wire is self._dtype:
+                product(out=out if rows is None else out.view(rows))
+            else:
+                out.copy_(product().view(shape))
+            if commit is not None:
+                commit()
+
+        if self._on_cpu and math.prod(shape) * wire.itemsize >= _IN_SLOT_FROM_BYTES:
+            return InSlot(((shape, wire),), compute_into)
+        reply = [self._out(product().view(shape), wire)]
+        if commit is not None:
+            commit()
+        return reply, None
 
     def _in(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._on_cpu:
@@ -438,23 +358,6 @@ def _wire_dtype(first: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
         if other.dtype is not wire:
             raise RemoteError(f"tensors of one request are {wire} and {other.dtype}; send one dtype", Status.BAD_DTYPE)
     return wire
-
-
-def _positions(meta: dict[str, Any], name: str) -> int | None:
-    """A number of positions from a meta, which need not have one."""
-    number = meta.get(name)
-    if number is not None and (type(number) is not int or number < 0):
-        raise RemoteError(f"meta {name!r} is {shown(number)}, expected a number of positions", Status.BAD_REQUEST)
-    return number
-
-
-def _checked_keys(keys: int | None, length: int) -> int:
-    """How many positions scores are for, of a layer that will hold ``length``."""
-    if keys is None:
-        return length
-    if not 1 <= keys <= length:
-        raise RemoteError(f"meta 'keys' is {shown(keys)} but the layer holds {length} positions", Status.BAD_REQUEST)
-    return keys
 
 
 def _meta(msg: Any) -> dict[str, Any]:
