@@ -19,7 +19,7 @@ from .report import Samples, cell_table, ratio_table, size_text
 from .setting import Setting, in_turn, no_garbage_collection, random_tensor, timed_calls
 from .usage import Usage, usage
 
-ROUNDS = 4
+ROUNDS = 5
 WARMUP_S = 0.02
 WARMUP_TRIPS = 20
 MESSAGES_PER_ECHO = 2
@@ -74,7 +74,7 @@ def take_turn(running: Running, tensor: torch.Tensor, seconds: float, cell: Cell
         warm_up(peer, tensor)
         with no_garbage_collection():
             mine, theirs = usage(), _server_usage(running)
-            timed_calls(lambda: peer.echo(tensor), seconds, cell.samples.ns)
+            timed_calls(lambda: peer.echo(tensor), seconds, cell.samples.turn())
             cell.client += usage() - mine
             cell.server += _server_usage(running) - theirs
 

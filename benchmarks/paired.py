@@ -9,7 +9,6 @@ is the bootstrap's of the median ratio: it holds the true one in 95 of 100 runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import machine
+from .arguments import plain_parser
 from .echo import verify
 from .peers import Running, started, taking_turn
 from .report import size_text
@@ -100,8 +100,8 @@ def verdict(result: dict[str, Any]) -> str:
     return f"no difference between {one} and {other} was seen that is larger than noise"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paired", description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = plain_parser("paired", __doc__, prog)
     known = list(registry())
     parser.add_argument("peers", nargs=2, choices=known, metavar="PEER", help=", ".join(known))
     parser.add_argument("--size", type=parse_size, default=parse_size("64MB"))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 NOTHING = "-"
@@ -14,9 +15,20 @@ NOTHING = "-"
 
 @dataclass
 class Samples:
-    """Durations in nanoseconds."""
+    """Durations in nanoseconds; those of one turn after the other where turns were begun."""
 
     ns: list[int] = field(default_factory=list)
+    _turns: list[int] = field(default_factory=list)
+
+    def turn(self) -> list[int]:
+        """Begins a turn; what is added to the list from now on is its own."""
+        self._turns.append(len(self.ns))
+        return self.ns
+
+    def turns(self) -> list[Samples]:
+        """The durations of each turn."""
+        ends = [*self._turns[1:], len(self.ns)]
+        return [Samples(self.ns[begin:end]) for begin, end in zip(self._turns, ends, strict=True) if end > begin]
 
     def quantile_us(self, share: float) -> float:
         """Nearest-rank quantile in microseconds."""
@@ -32,12 +44,15 @@ class Samples:
         return self.quantile_us(0.99)
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "median_us": round(self.median_us, 3),
             "p99_us": round(self.p99_us, 3),
             "max_us": round(max(self.ns) / 1000, 3),
             "count": len(self.ns),
         }
+        if self._turns:
+            found["rounds"] = {"median_us": [round(turn.median_us, 3) for turn in self.turns()]}
+        return found
 
 
 def size_text(nbytes: int) -> str:
@@ -52,6 +67,13 @@ def figure(value: float) -> str:
     if value < 10:
         return f"{value:.2f}"
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def show(table: Table, console: Console) -> None:
+    """The title on a line of its own: in the table it is broken to the table's width."""
+    title, table.title = table.title, None
+    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    console.print(table)
 
 
 def _table(result: dict[str, Any], title: str, text: Callable[[str, str], str]) -> Table:

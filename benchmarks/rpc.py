@@ -154,7 +154,7 @@ def run(setting: Setting) -> dict[str, Any]:
                 setting.step(running.peer.title)
                 with taking_turn(running) as peer, no_garbage_collection():
                     timed_calls(peer.call, setting.seconds(WARMUP_S), [])
-                    timed_calls(peer.call, seconds, samples[peer.key].ns)
+                    timed_calls(peer.call, seconds, samples[peer.key].turn())
     return {
         "outputs": OUTS,
         "titles": {peer.key: peer.title for peer in CONTESTANTS},

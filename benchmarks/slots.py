@@ -42,7 +42,7 @@ def run(setting: Setting, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
                     peer.stream(tensor, BURST, lease=False)
 
                 timed_calls(echo, WARMUP_S, [])
-                timed_calls(echo, seconds, echoes[count].ns)
+                timed_calls(echo, seconds, echoes[count].turn())
                 streams[count] += bandwidth(burst, BURST * NBYTES, seconds)
     return {
         "nbytes": NBYTES,

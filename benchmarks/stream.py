@@ -51,7 +51,7 @@ def memcpy_burst(nbytes: int, count: int) -> Callable[[], None]:
 
 def run(setting: Setting) -> dict[str, Any]:
     tensor = random_tensor(NBYTES, seed=0)
-    samples: dict[str, list[float]] = {key: [] for key in TITLES}
+    samples: dict[str, list[list[float]]] = {key: [] for key in TITLES}
     copy, seconds = memcpy_burst(NBYTES, BURST), setting.seconds(SECONDS_PER_TURN)
     with started([Tsqp], setting.server_core) as peers, setting.pinned(), setting.part(ROUNDS * len(TITLES)):
         (running,) = peers
@@ -59,7 +59,7 @@ def run(setting: Setting) -> dict[str, Any]:
             setting.step(TITLES[key])
             with no_garbage_collection():
                 if key == MEMCPY:
-                    samples[key] += bandwidth(copy, BURST * NBYTES, seconds)
+                    samples[key].append(bandwidth(copy, BURST * NBYTES, seconds))
                     continue
                 with taking_turn(running) as peer:
 
@@ -67,16 +67,22 @@ def run(setting: Setting) -> dict[str, Any]:
                         peer.stream(tensor, BURST, lease)
 
                     burst()
-                    samples[key] += bandwidth(burst, BURST * NBYTES, seconds)
-    figures = {key: median(found) for key, found in samples.items()}
+                    samples[key].append(bandwidth(burst, BURST * NBYTES, seconds))
+    figures = {key: median([rate for turn in found for rate in turn]) for key, found in samples.items()}
+    turns = {key: [median(turn) for turn in found] for key, found in samples.items()}
     return {
         "nbytes": NBYTES,
         "messages_per_burst": BURST,
         "titles": TITLES,
         "gb_per_s": figures,
         "of_memcpy": {key: figures[key] / figures[MEMCPY] for key in (RECV, LEASE)},
-        "bursts": {key: len(found) for key, found in samples.items()},
+        "bursts": {key: sum(map(len, found)) for key, found in samples.items()},
+        "rounds": {"gb_per_s": turns, "of_memcpy": {key: _shares(turns[key], turns[MEMCPY]) for key in (RECV, LEASE)}},
     }
+
+
+def _shares(ways: list[float], copies: list[float]) -> list[float]:
+    return [way / copy for way, copy in zip(ways, copies, strict=True)]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

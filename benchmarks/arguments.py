@@ -1,0 +1,24 @@
+"""The parser of a benchmark's command line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the options are in ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ('{self.prog} --help' lists the options)\n")
+
+
+def plain_parser(name: str, doc: str | None, prog: str | None) -> Parser:
+    """A parser whose help is the module's text; ``prog`` is what the user typed, if not ``python -m``."""
+    usual = f"python -m benchmarks.{name}"
+    return Parser(
+        prog=prog or usual,
+        description=(doc or "").replace(usual, prog or usual),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
