@@ -15,13 +15,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads, here 
 
 import argparse
 import contextlib
-import json
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,14 +30,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsqp
 
-from . import machine
+from . import bar_plots, command, machine
 from .clients import Worker
-from .report import figure
+from .peers import preload_models
+from .report import NOTHING, figure, show
+from .setting import Setting, median
 
 HIDDEN, INTERMEDIATE = 2048, 8192
 NAMES = ["gate_proj", "up_proj"]
 PATIENCE_S = 120.0
 WARMUP_S = 0.3
+#: What `--quick` changes: some ten seconds.
+QUICK = {"clients": [1, 2, 4], "seconds": 0.2, "rounds": 3}
 
 
 def serve(wire: Connection, endpoint: str, dtype: str, threads: int, batching: bool) -> None:
@@ -88,8 +92,8 @@ def servers(options: argparse.Namespace) -> Iterator[tuple[list[str], list[Worke
         yield endpoints, started
 
 
-def measure(count: int, endpoints: list[str], options: argparse.Namespace) -> list[float]:
-    """Medians of the requests per second of ``count`` clients at each server."""
+def measure(count: int, endpoints: list[str], options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Requests per second of ``count`` clients at each server, and what batching gains within a round: medians."""
     rates: list[list[float]] = [[], []]
     with contextlib.ExitStack() as stack:
         clients = []
@@ -100,39 +104,75 @@ def measure(count: int, endpoints: list[str], options: argparse.Namespace) -> li
             client.hear()
         for _ in range(options.rounds):
             for number in (0, 1):
+                setting.step(f"{count} clients, batching {'on' if number else 'off'}")
                 begin = time.monotonic() + WARMUP_S
                 for client in clients:
                     client.say((number, begin, begin + options.seconds))
                 rates[number].append(sum(client.hear() for client in clients) / options.seconds)
-    return [statistics.median(found) for found in rates]
+    off, on = rates
+    gains = [with_it / without for without, with_it in zip(off, on, strict=True) if without]
+    return {
+        "off_per_s": median(off),
+        "on_per_s": median(on),
+        "gain": median(gains) if gains else None,
+        "rounds": {"off_per_s": off, "on_per_s": on, "gain": gains},
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="of each server")
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path("results/batching.json"))
-    options = parser.parse_args()
-    table = Table(title=f"{options.rows} row(s), {options.dtype}, requests per second", title_justify="left")
+def table(result: dict[str, Any]) -> Table:
+    options = result["options"]
+    title = f"{options['rows']} row(s), {options['dtype']}, requests per second, medians of {options['rounds']} rounds"
+    shown = Table(title=title, title_justify="left")
     for column in ("clients", "batching off", "batching on", "on / off"):
-        table.add_column(column, justify="right")
-    found = {}
-    with servers(options) as (endpoints, started):
+        shown.add_column(column, justify="right")
+    for count, cell in result["clients"].items():
+        gain = NOTHING if cell["gain"] is None else figure(cell["gain"])
+        shown.add_row(count, figure(cell["off_per_s"]), figure(cell["on_per_s"]), gain)
+    return shown
+
+
+def measure_all(options: argparse.Namespace, setting: Setting, result: dict[str, Any]) -> None:
+    """Adds what is measured to ``result``, and prints it."""
+    preload_models()
+    with servers(options) as (endpoints, started), setting.part(2 * options.rounds * len(options.clients)):
         for count in options.clients:
-            off, on = measure(count, endpoints, options)
-            found[str(count)] = {"off_per_s": off, "on_per_s": on}
-            table.add_row(str(count), figure(off), figure(on), figure(on / off if off else 0.0))
+            result["clients"][str(count)] = measure(count, endpoints, options, setting)
         started[1].say("joined_requests")
-        joined = started[1].hear()
-    Console().print(table, f"{joined} requests were computed together with others")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine.describe(), "rows": options.rows, "dtype": options.dtype, "clients": found}
-    options.json.write_text(json.dumps({**result, "joined_requests": joined}, indent=1))
+        result["joined_requests"] = started[1].hear()
+    show(table(result), setting.console)
+    setting.console.print(f"{result['joined_requests']} requests were computed together with others")
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = command.make_parser("batching", __doc__, prog)
+    add = parser.add_argument
+    add("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="how many clients (1 2 4 8)")
+    add("--rows", type=int, default=1, help="of a request (1)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (float32)")
+    add("--threads", type=int, default=1, help="of each server (1)")
+    add("--seconds", type=float, default=1.0, help="of a turn (1)")
+    add("--rounds", type=int, default=5, help="turns of each server (5)")
+    options = command.parse(parser, argv, QUICK, "batching")
+    if min(*options.clients, options.rows, options.threads, options.rounds, 1) < 1 or not options.seconds > 0:
+        parser.error("--clients, --rows, --threads and --rounds are 1 or more, --seconds more than 0")
+    return options
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = parse_arguments(argv, prog)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    setting = Setting(None, 1.0, console)
+    result: dict[str, Any] = {
+        "benchmark": "batching",
+        "machine": machine.describe(),
+        "options": command.told(options),
+        "clients": {},
+    }
+    return command.run(result, options, console, lambda: measure_all(options, setting, result), bar_plots.save_batching)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

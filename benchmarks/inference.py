@@ -40,25 +40,24 @@ from rich.console import Console
 from tsqp.linear_backends import BACKENDS
 from tsqp.placement import PLACEMENTS
 
-from . import bars, baselines, inference_growth, inference_plots, inference_report, machine
+from . import bars, baselines, command, inference_growth, inference_plots, inference_report, machine
 from .inference_ends import running
 from .inference_limits import Peaks, work
 from .inference_measure import Job, contestants, run
 from .inference_model import SIZES, Spec, random_ids
 from .peers import preload_models
+from .report import show
 from .setting import Setting
-from .transport import save, show
 
+#: What `--quick` changes: about a minute.
+QUICK = {"layers": 1, "tokens": 256, "dtype": ["float32"], "no_baselines": True, "rounds": 2, "decode": 4}
+QUICK |= {"growth_tokens": [64, 128, 256], "growth_layers": [1, 2]}
 DTYPES = ("float32", "bfloat16")
 SERVED = tuple(name for name, placement in PLACEMENTS.items() if placement.needs_server)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_arguments(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = command.make_parser("inference", __doc__, prog)
     add = parser.add_argument
     add("--layers", type=_positive, help="4 on a CPU, 16 on CUDA")
     add("--tokens", type=_positive, default=1024, help="prompt length, and the context of decode (1024)")
@@ -76,20 +75,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--growth-layers", nargs="+", type=_positive, default=list(inference_growth.LAYERS))
     add("--trace", type=Path, metavar="FILE", help="timelines: FILE with dtype and placement in its name, for Perfetto")
     add("--model", choices=list(SIZES), default="llama-1b", help="dimensions; tiny is for trying the benchmark")
-    add("--json", type=Path, default=Path("results/inference.json"), help="where the result is kept")
-    options = parser.parse_args(argv)
+    options = command.parse(parser, argv, QUICK, "inference")
     on_cuda = options.device.startswith("cuda")
     if options.device != "cpu" and not on_cuda:
         parser.error(f"--device {options.device} is unknown; give cpu or cuda:0")
     if on_cuda and not torch.cuda.is_available():
         parser.error(f"--device {options.device} needs a CUDA device, and torch sees none")
-    if options.no_baselines and options.baseline:
+    if options.no_baselines and options.baseline and not options.quick:
         parser.error("--baseline and --no-baselines contradict each other; give one of them")
     options.layers = options.layers or (16 if on_cuda else 4)
     options.threads = options.threads or min(8 if on_cuda else 2, len(machine.available_cores()))
     options.dtype = options.dtype or (["bfloat16"] if on_cuda else list(DTYPES))
     options.placement = options.placement or list(SERVED)
-    options.baseline = [] if options.no_baselines else options.baseline or list(baselines.TITLES)
+    options.baseline = options.baseline or ([] if options.no_baselines else list(baselines.TITLES))
     return options
 
 
@@ -99,8 +97,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def measure(options: argparse.Namespace, setting: Setting, dtype: str) -> dict[str, Any]:
-    """One dtype: the peaks of the device, and every contestant in turn with stock."""
+def measure(options: argparse.Namespace, setting: Setting, dtype: str, found: dict[str, Any]) -> None:
+    """Adds one dtype to ``found``: the peaks of the device, and every contestant in turn with stock."""
     spec = Spec(options.model, options.layers, dtype, options.device, options.threads, options.linear_backend)
     skipped: dict[str, str] = {}
     most = len(options.placement) + len(options.baseline)
@@ -111,14 +109,13 @@ def measure(options: argparse.Namespace, setting: Setting, dtype: str) -> dict[s
             wanted = contestants(options.placement, list(ends.addresses))
             trace_of = None if options.trace is None else partial(trace_path, options.trace, dtype)
             job = Job(random_ids(spec, options.tokens), options.decode, options.rounds, setting.step, trace_of)
-            splits = run(ends, wanted, job)
+            run(ends, wanted, job, found.setdefault("splits", {}))
             peaks = peaks.better(ends.stock.call("peaks"))
     works = {"prefill": work(spec, options.tokens, 0), "decode": work(spec, 1, options.tokens)}
-    return {
+    found |= {
         "stock_attention": ends.attention,
         "peaks": peaks.as_json(),
         "floor_ms": {phase: 1e3 * one.floor_s(peaks) for phase, one in works.items()},
-        "splits": splits,
         "skipped": skipped,
     }
 
@@ -150,18 +147,12 @@ def tell(console: Console, dtype: str, result: dict[str, Any], options: dict[str
         console.print(f"[yellow]SKIPPED {title}: {reason}[/yellow]")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(argv)
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    torch.set_num_threads(options.threads)
-    preload_models()
-    setting = Setting(None, 1.0, console)
-    told = {name: value for name, value in vars(options).items() if name not in ("json", "trace")}
-    result: dict[str, Any] = {"benchmark": "inference", "machine": machine.describe(), "options": told, "runs": {}}
+def measure_all(options: argparse.Namespace, setting: Setting, result: dict[str, Any]) -> None:
+    """Adds every dtype's run, the growth and the promises to ``result``; each is printed when it is there."""
+    console = setting.console
     for dtype in options.dtype:
-        result["runs"][dtype] = measure(options, setting, dtype)
-        tell(console, dtype, result["runs"][dtype], told)
-        save(result, options.json)  # a run that is cut short keeps what it has
+        measure(options, setting, dtype, result["runs"].setdefault(dtype, {}))
+        tell(console, dtype, result["runs"][dtype], result["options"])
     if options.growth:
         result["growth"] = grow(options, setting)
         for table in inference_report.growth_tables(result["growth"]):
@@ -174,12 +165,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if differing:
         console.print(f"The bars are promised for another setting; this run has {differing}.", highlight=False)
     result["bars"] = [bar.as_json() for bar in promises]
-    save(result, options.json)
-    kept = [options.json, *inference_plots.save(result, options.json)]
+
+
+def draw(options: argparse.Namespace, result: dict[str, Any], path: Path) -> list[Path]:
+    """The plots, and the timelines that were asked for."""
+    kept = inference_plots.save(result, path)
     if options.trace is not None:
         kept += [trace_path(options.trace, dtype, key) for dtype in options.dtype for key in options.placement]
-    console.print(f"saved: {', '.join(str(path) for path in kept)}")
-    return 0
+    return kept
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = parse_arguments(argv, prog)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    torch.set_num_threads(options.threads)
+    preload_models()
+    setting = Setting(None, 1.0, console)
+    result: dict[str, Any] = {
+        "benchmark": "inference",
+        "machine": machine.describe(),
+        "options": command.told(options),
+        "runs": {},
+    }
+    return command.run(result, options, console, lambda: measure_all(options, setting, result), partial(draw, options))
 
 
 if __name__ == "__main__":

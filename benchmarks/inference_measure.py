@@ -227,7 +227,8 @@ def counted(client: Any, forward: Callable[[], float]) -> tuple[float, Count]:
     return seconds, Count.of(client) - before
 
 
-def run(ends: Ends, wanted: Sequence[Contestant], job: Job) -> dict[str, Any]:
-    """All contestants, one after the other, each in turn with stock."""
+def run(ends: Ends, wanted: Sequence[Contestant], job: Job, found: dict[str, Any]) -> None:
+    """All contestants, one after the other, each in turn with stock; added to ``found`` as they come."""
     parity = Parity(ends.stock, job.ids, job.steps)
-    return {contestant.key: measure(contestant, ends, job, parity) for contestant in wanted}
+    for contestant in wanted:
+        found[contestant.key] = measure(contestant, ends, job, parity)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .plots import DPI, INCHES
+from .plots import INCHES, below, keep, plain_log
 
 #: Key of a part in the result -> its label and colour.
 PARTS = {
@@ -21,21 +21,7 @@ _MARKERS = "osD^vP*X"
 
 def save(result: dict[str, Any], json_path: Path) -> list[Path]:
     """Draws what the run has, and returns the files; none without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed (pip install 'tsqp[bench]')")
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn = []
-    for name, figure in _figures(result, pyplot):
-        path = json_path.with_name(f"{json_path.stem}-{name}.png")
-        figure.savefig(path, dpi=DPI)
-        pyplot.close(figure)
-        drawn.append(path)
-    return drawn
+    return keep(partial(_figures, result), json_path)
 
 
 def _figures(result: dict[str, Any], pyplot: Any) -> Iterator[tuple[str, Any]]:
@@ -44,6 +30,7 @@ def _figures(result: dict[str, Any], pyplot: Any) -> Iterator[tuple[str, Any]]:
         figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 5.5), layout="constrained")
         for phase, one in zip(("prefill", "decode"), axes, strict=True):
             _parts(one, run, phase, options["tokens"])
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
         figure.suptitle(f"Where the time goes: {dtype}, {options['layers']} layers, {options['device']}")
         yield f"parts-{dtype}", figure
     growth = result.get("growth")
@@ -84,7 +71,6 @@ def _parts(axes: Any, run: dict[str, Any], phase: str, tokens: int) -> None:
     axes.set(ylabel="time of one forward (ms)", title=f"{phase} {'of' if phase == 'prefill' else 'at'} {tokens} tokens")
     axes.margins(y=0.12)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
 
 
 def _about(growth: dict[str, Any], over: str) -> str:
@@ -100,15 +86,21 @@ def _growth(axes: Any, growth: dict[str, Any], over: str) -> None:
         times = [cell["ms"] for cell in by_size.values()]
         axes.plot([int(size) for size in by_size], times, marker=marker, label=key, **colour)
     axes.plot(sizes, list(floors.values()), color="black", linestyle="--", linewidth=1, label="floor")
-    logs = {"xscale": "log", "yscale": "log"} if over == "tokens" else {}
-    axes.set(**logs, xlabel=over + (" (log scale)" if logs else ""), ylabel="prefill, median (ms)")
-    if not logs:
+    logs = over == "tokens"
+    said = " (log scale)" if logs else ""
+    axes.set(xlabel=f"{over}{said}", ylabel=f"prefill, median (ms{', log scale' if logs else ''})")
+    if logs:
+        axes.set_xscale("log")
+        plain_log(
+            axes.yaxis, [*floors.values(), *(cell["ms"] for cells in growth[over].values() for cell in cells.values())]
+        )
+    else:
         axes.set_ylim(bottom=0)
     axes.set_title(f"Prefill over {over}: {_about(growth, over)}")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    below(axes, columns=6)
 
 
 def _grown_parts(axes: Any, growth: dict[str, Any], over: str) -> None:
@@ -126,4 +118,4 @@ def _grown_parts(axes: Any, growth: dict[str, Any], over: str) -> None:
     axes.set(xlabel=f"{over}; bars from left to right: {', '.join(splits)}", ylabel=f"prefill, ms per {unit}")
     axes.set_title(f"Where the time goes over {over}: {_about(growth, over)}")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    below(axes)

@@ -16,10 +16,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: see the tuning notes in README
 
 import argparse
-import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +30,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from tsqp import _kernels, ops
 
-from . import machine
+from . import bar_plots, command, machine
 from .bars import Bar
 from .bars import table as bar_table
-from .report import Samples, figure
-from .setting import in_turn, no_garbage_collection, random_tensor, timed_calls
+from .report import Samples, figure, show
+from .setting import Setting, in_turn, no_garbage_collection, random_tensor, timed_calls
 
 DTYPES = (torch.float32, torch.bfloat16)
 TIMES_TORCH, OF_BANDWIDTH = 2.0, 0.7
+#: What `--quick` changes: some ten seconds.
+QUICK = {"threads": [1], "seconds": 0.05, "rounds": 5}
 Call = Callable[[], Any]
 
 
@@ -174,19 +176,34 @@ def measure(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
     samples: dict[str, Samples] = {name: Samples() for name in ways}
     for call in ways.values():
         call()
+    turns: dict[str, list[float]] = {name: [] for name in ways}
     with no_garbage_collection(), torch.inference_mode():
         for name in in_turn(list(ways), rounds):
+            count = len(samples[name].ns)
             timed_calls(ways[name], seconds / rounds, samples[name].ns)
-    best = {name: min(found.ns) / 1000 for name, found in samples.items()}
-    copy_us = min(best["copy"], best["copy past the caches"])
-    copied = case.array_bytes * (case.sources + 1)
-    limit_us = copy_us * (case.read_bytes + case.write_bytes) / copied
+            turns[name].append(min(samples[name].ns[count:]) / 1000)
+    best = {name: min(found) for name, found in turns.items()}
+    each = [shares(case, dict(zip(turns, found, strict=True))) for found in zip(*turns.values(), strict=True)]
     return {
         "operator": case.name,
         "shape": case.shape,
         "dtype": str(case.dtype)[6:],
         "best_us": {name: round(value, 3) for name, value in best.items()},
         "median_us": {name: round(found.median_us, 3) for name, found in samples.items()},
+        **shares(case, best),
+        "rounds": {
+            "best_us": turns,
+            **{name: [one[name] for one in each] for name in ("times_torch", "of_bandwidth", "gb_per_s")},
+        },
+    }
+
+
+def shares(case: Case, best: dict[str, float]) -> dict[str, float]:
+    """What follows from the fastest µs of each way."""
+    copy_us = min(best["copy"], best["copy past the caches"])
+    copied = case.array_bytes * (case.sources + 1)
+    limit_us = copy_us * (case.read_bytes + case.write_bytes) / copied
+    return {
         "limit_us": round(limit_us, 3),
         "gb_per_s": round(copied / copy_us / 1000, 2),
         "times_torch": best["torch"] / best["ours"],
@@ -238,36 +255,67 @@ def cell_table(cells: Sequence[dict[str, Any]], title: str, bandwidth: bool) -> 
     return shown
 
 
-def run(threads: int, seconds: float, rounds: int, console: Console) -> dict[str, Any]:
+def run(threads: int, options: argparse.Namespace, setting: Setting, found: dict[str, Any]) -> None:
+    """Adds what is measured with that many threads to ``found``; printed at the end."""
     torch.set_num_threads(threads)
     ops.set_threads(threads)
-    prefill, decode = [], []
-    for dtype in DTYPES:
-        for make in prefill_cases(dtype):
-            prefill.append(measure(make(), seconds, rounds))
-        for case in decode_cases(dtype):
-            decode.append(measure(case, seconds / 4, rounds))
-    console.print(cell_table(prefill, f"Prefill, {threads} threads: fastest calls", bandwidth=True))
-    console.print(cell_table(decode, f"Decode, {threads} threads: fastest calls", bandwidth=False))
-    promised = bars(prefill, threads)
-    console.print(bar_table(promised))
-    return {"threads": threads, "prefill": prefill, "decode": decode, "bars": [bar.as_json() for bar in promised]}
+    found |= {"threads": threads, "prefill": [], "decode": []}
+    cases = {dtype: (prefill_cases(dtype), decode_cases(dtype)) for dtype in DTYPES}
+    with setting.part(sum(len(prefill) + len(decode) for prefill, decode in cases.values())):
+
+        def one(phase: str, case: Case, seconds: float) -> None:
+            setting.step(f"{threads} threads, {case.name} {case.shape} {str(case.dtype)[6:]}")
+            found[phase].append(measure(case, seconds, options.rounds))
+
+        for prefill, decode in cases.values():
+            for make in prefill:
+                one("prefill", make(), options.seconds)
+            for case in decode:
+                one("decode", case, options.seconds / 4)
+    console = setting.console
+    show(cell_table(found["prefill"], f"Prefill, {threads} threads: fastest calls", bandwidth=True), console)
+    show(cell_table(found["decode"], f"Decode, {threads} threads: fastest calls", bandwidth=False), console)
+    promised = bars(found["prefill"], threads)
+    show(bar_table(promised), console)
+    found["bars"] = [bar.as_json() for bar in promised]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = command.make_parser("kernels", __doc__, prog)
     parser.add_argument("--threads", type=int, action="append", help="threads of both sides (default: 1, then 2)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each way of each operator (default 0.5)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5)")
-    parser.add_argument("--json", type=Path, default=Path("results/kernels.json"), help="where the figures go")
-    options = parser.parse_args()
-    console = Console()
+    options = command.parse(parser, argv, QUICK, "kernels")
+    options.threads = options.threads or [1, 2]
+    if min(options.threads) < 1 or options.rounds < 1 or not options.seconds > 0:
+        parser.error("--threads and --rounds are 1 or more, --seconds more than 0")
+    return options
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = parse_arguments(argv, prog)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(f"{machine.cpu_model()}, kernels for {_kernels.instruction_set()}, torch {torch.__version__}")
-    runs = [run(threads, options.seconds, options.rounds, console) for threads in options.threads or [1, 2]]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {**machine.describe(), "instruction_set": _kernels.instruction_set(), "runs": runs}
-    options.json.write_text(json.dumps(result, indent=1))
+    setting = Setting(None, 1.0, console)
+    result: dict[str, Any] = {
+        "benchmark": "kernels",
+        "machine": machine.describe(),
+        "options": command.told(options),
+        "instruction_set": _kernels.instruction_set(),
+        "runs": [],
+    }
+
+    def measure_all() -> None:
+        for threads in options.threads:
+            result["runs"].append({})
+            run(threads, options, setting, result["runs"][-1])
+
+    draw = partial(bar_plots.save_kernels, (TIMES_TORCH, OF_BANDWIDTH))
+    return command.run(result, options, console, measure_all, draw)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import machine
 
+#: Where nobody watches a bar, a line of progress comes not more often than this.
+LINES_S = 2.0
+
 
 @dataclass
 class Setting:
@@ -27,6 +31,9 @@ class Setting:
     console: Console
     _progress: Progress = field(init=False)
     _task: Any = None
+    _done: int = 0
+    _steps: int = 0
+    _line_at: float = 0.0
 
     def __post_init__(self) -> None:
         columns = (TextColumn("{task.description:46}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -47,7 +54,8 @@ class Setting:
 
     @contextlib.contextmanager
     def part(self, steps: int) -> Iterator[None]:
-        """A progress bar over `steps` calls of :meth:`step`."""
+        """A progress bar over `steps` calls of :meth:`step`; where there is no terminal, a line now and then."""
+        self._done, self._steps, self._line_at = 0, steps, 0.0
         gc.collect()
         gc.freeze()  # what lives now need not be looked at before every turn
         with self._progress:
@@ -60,9 +68,19 @@ class Setting:
 
     def step(self, text: str) -> None:
         """Says what is measured next."""
+        self._done += 1
+        if not self.console.is_terminal:
+            self._print_line(text)
+            return
         self._progress.update(self._task, description=text)
         self._progress.refresh()
         self._progress.advance(self._task)
+
+    def _print_line(self, text: str) -> None:
+        """On the standard error: the standard output is the result."""
+        if time.monotonic() >= self._line_at:
+            print(f"{self._done} of {self._steps}: {text.strip()}", file=sys.stderr, flush=True)
+            self._line_at = time.monotonic() + LINES_S
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:

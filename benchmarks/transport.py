@@ -15,25 +15,33 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads, here and in the servers
 
 import argparse
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import bars, clients, echo, idle, large, machine, plots, rpc, slots, stream
+from . import bars, clients, command, echo, idle, large, machine, plots, rpc, slots, stream
 from .peers import preload_models, registry
+from .report import show
 from .setting import Setting
 
 DEFAULT_SIZES = ("64B", "1KB", "100KB", "1MB", "5MB", "15MB", "64MB")
 #: Below the threshold these do what tsqp does, and above it the part `large` measures them.
 LARGE_ONLY = ("tsqp-tile", "tsqp-auto", "tsqp-slots")
+#: What `--quick` changes: all parts in less than half a minute.
+QUICK = {
+    "pace": 0.1,
+    "sizes": [64, 100 << 10, 1 << 20],
+    "peers": ["tsqp", "msgpack", "multipart", "pipe", "copies"],
+    "clients": [1, 2, 4],
+    "slots": [1, 4, 16],
+    "large_sizes": [15 << 20, 64 << 20],
+}
 UNITS = {"B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
@@ -68,16 +76,13 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
     about = "\n".join(f"  {name:8} {part.about}" for name, part in PARTS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.transport",
-        description=f"{__doc__}\nparts:\n{about}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.make_parser("transport", __doc__, prog, f"\nparts:\n{about}")
     known = list(registry())
     usual = [key for key in known if key not in LARGE_ONLY]
     parser.add_argument("parts", nargs="*", metavar="PART", help="which parts to run (all)")
+    parser.add_argument("--part", action="append", default=[], metavar="PART", help="the same; may be repeated")
     parser.add_argument("--parts", action="store_true", dest="list_parts", help="say which parts there are, and end")
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=[parse_size(s) for s in DEFAULT_SIZES])
     parser.add_argument("--seconds-per-cell", type=float, default=0.6, help="echo: for each peer and size (0.6)")
@@ -86,8 +91,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", nargs="+", type=int, default=list(slots.COUNTS), help="how many slots")
     parser.add_argument("--large-sizes", nargs="+", type=parse_size, default=list(large.SIZES))
     parser.add_argument("--pace", type=float, default=1.0, help="multiplies the time of every measurement (1)")
-    parser.add_argument("--json", type=Path, default=Path("results/transport.json"), help="where the result is kept")
-    options = parser.parse_args(argv)
+    options = command.parse(parser, argv, QUICK, "transport")
+    options.parts += options.part
     for name in options.parts:
         if name not in PARTS:
             parser.error(f"{name!r} is no part; there are {', '.join(PARTS)}")
@@ -96,34 +101,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-
-
-def show(table: Table, console: Console) -> None:
-    """The title on a line of its own: in the table it is broken to the table's width."""
-    title, table.title = table.title, None
-    console.print(f"\n[bold]{title}[/bold]", highlight=False)
-    console.print(table)
-
-
-def run(names: Sequence[str], setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """The parts' results by name; each is printed when it is there."""
-    found = {}
+def run(names: Sequence[str], setting: Setting, options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Adds the parts' results to ``found``, by name; each is printed when it is there."""
     for name in names:
         begin = time.perf_counter()
-        found[name] = PARTS[name].run(setting, options)
-        for table in PARTS[name].tables(found[name]):
+        one = PARTS[name].run(setting, options)
+        found[name] = one
+        for table in PARTS[name].tables(one):
             show(table, setting.console)
-        for title, reason in found[name].get("skipped", {}).items():
+        for title, reason in one.get("skipped", {}).items():
             setting.console.print(f"[yellow]SKIPPED {title}: {reason}[/yellow]")
-        found[name]["seconds"] = round(time.perf_counter() - begin, 1)
-    return found
+        one["seconds"] = round(time.perf_counter() - begin, 1)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = parse_arguments(argv, prog)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     if options.list_parts:
         console.print("\n".join(f"{name:8} {part.about}" for name, part in PARTS.items()), highlight=False)
@@ -133,22 +125,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"rpc", "idle"} & set(names):
         preload_models()
     setting = Setting(machine.two_cores(), options.pace, console)
-    where = machine.describe()
-    parts = run(names, setting, options)
-    promises = bars.bars(parts)
-    show(bars.table(promises), console)
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "transport",
-        "machine": where,
+        "machine": machine.describe(),
+        "options": {**command.told(options), "parts": names},
         "pinned": setting.cores is not None,
         "pace": options.pace,
-        "parts": parts,
-        "bars": [bar.as_json() for bar in promises],
+        "parts": {},
     }
-    save(result, options.json)
-    kept = [options.json, *plots.save(parts, options.json)]
-    console.print(f"saved: {', '.join(str(path) for path in kept)}")
-    return 0
+
+    def measure() -> None:
+        run(names, setting, options, result["parts"])
+        promises = bars.bars(result["parts"])
+        show(bars.table(promises), console)
+        result["bars"] = [bar.as_json() for bar in promises]
+
+    return command.run(result, options, console, measure, lambda kept, path: plots.save(kept["parts"], path))
 
 
 if __name__ == "__main__":
