@@ -29,17 +29,8 @@ START_S = 60.0
 STOP_S = 10.0
 SIGNALS_STOP = hasattr(signal, "SIGSTOP")
 #: Servers and clients are forked from a process that has these loaded: one costs milliseconds, not seconds.
-_PRELOADED = [
-    "benchmarks.fork_server",
-    "numpy",
-    "torch",
-    "tsqp.server",
-    "tsqp.client",
-    "benchmarks.bars",
-    "benchmarks.echo",
-    "benchmarks.idle",
-]
-_PRELOADED += ["benchmarks.large", "benchmarks.plots", "benchmarks.slots", "benchmarks.stream"]
+_PRELOADED = [f"{__package__}.fork_server", "numpy", "torch", "tsqp.server", "tsqp.client", "tsqp.cli"]
+_PRELOADED += [f"{__package__}.{name}" for name in ("bars", "echo", "idle", "large", "plots", "slots", "stream")]
 _MODELS = "transformers.models.llama.modeling_llama"
 
 processes = multiprocessing.get_context("forkserver")

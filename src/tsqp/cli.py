@@ -1,5 +1,5 @@
 """The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
-``clean``.
+``clean``, ``bench``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import __version__, config
+from . import __version__, cli_bench, config
 from . import cli_options as options
 from .cli_parts import (
     check_prompt,
@@ -245,6 +245,9 @@ def clean(*, yes: options.Yes = False) -> None:
     else:
         total = sum(segment.nbytes for segment in found)
         print(f"{len(found)} segments, {total} bytes; remove them with: tsqp clean --yes")
+
+
+app.add_typer(cli_bench.app, name="bench")
 
 
 # --- entry --------------------------------------------------------------------------------------------------
