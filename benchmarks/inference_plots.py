@@ -74,8 +74,8 @@ def _parts(axes: Any, run: dict[str, Any], phase: str, tokens: int) -> None:
 
 
 def _about(growth: dict[str, Any], over: str) -> str:
-    fixed = f"{growth['layers_of_tokens']} layers" if over == "tokens" else f"{growth['tokens_of_layers']} tokens"
-    return f"{growth['dtype']}, {fixed}"
+    count, unit = (growth["layers_of_tokens"], "layer") if over == "tokens" else (growth["tokens_of_layers"], "token")
+    return f"{growth['dtype']}, {count} {unit}{'' if count == 1 else 's'}"
 
 
 def _growth(axes: Any, growth: dict[str, Any], over: str) -> None:
@@ -113,9 +113,15 @@ def _grown_parts(axes: Any, growth: dict[str, Any], over: str) -> None:
         offset = (number - (len(splits) - 1) / 2) * width
         cells = [{key: by_size[sizes[place]][key] / int(sizes[place]) for key in PARTS} for place in there]
         _stack(axes, [place + offset for place in there], cells, width * 0.92, labelled=number == 0)
+        for place in set(range(len(sizes))) - set(there):
+            axes.text(place + offset, 0, " left out", rotation=90, ha="center", va="bottom", fontsize=7, color="0.4")
+    for place, size in enumerate(sizes):
+        stock_ms = growth[over]["stock"][size]["ms"] / int(size)
+        label = "stock, in one process" if place == 0 else None
+        axes.hlines(stock_ms, place - 0.42, place + 0.42, color="black", linewidth=1.2, label=label)
     unit = over.removesuffix("s")
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set(xlabel=f"{over}; bars from left to right: {', '.join(splits)}", ylabel=f"prefill, ms per {unit}")
     axes.set_title(f"Where the time goes over {over}: {_about(growth, over)}")
     axes.grid(axis="y", alpha=0.3)
-    below(axes)
+    below(axes, columns=4)
