@@ -129,7 +129,7 @@ class Iceoryx2(Peer):
     @classmethod
     def unavailable(cls) -> str | None:
         if importlib.util.find_spec("iceoryx2") is None:
-            return "it is not installed (pip install iceoryx2)"
+            return "it is not installed (pip install 'tsqp[bench]')"
         return shm_shortage(cls.SHM_BYTES)
 
     def address(self) -> Any:
