@@ -23,7 +23,10 @@ _PLACES = ("json", "against", "before", "trace", "quick", "list_parts", "part")
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP."""
+    """SIGTERM or SIGHUP; the code is what a shell says of a process that one ended."""
+
+    def __str__(self) -> str:
+        return signal.Signals(int(self.code or 0) - 128).name
 
 
 def make_parser(name: str, doc: str | None, prog: str | None, epilog: str = "") -> argparse.ArgumentParser:
@@ -93,7 +96,7 @@ def run(
         with _termination_raises():
             measure()
     except BaseException as error:
-        result["interrupted"] = {KeyboardInterrupt: "Ctrl-C", Terminated: "SIGTERM"}.get(type(error), str(error))
+        result["interrupted"] = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
         if compare.figures(result):
             save(result, options.json)
             print(f"cut short; what was measured until then is kept in {options.json}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import command
 from commands import LIMIT_S, Outcome, environment, finish, short_directory, tsqp_here
+from rich.console import Console
 
 from tsqp import cli_bench
 from tsqp.placement import PLACEMENTS
@@ -218,6 +221,25 @@ def test_sigterm_keeps_the_operators_that_were_measured(tmp_path: Path) -> None:
     kept = read(tmp_path / "results" / "kernels.json")
     assert kept["interrupted"] == "SIGTERM"
     assert 1 <= len(kept["runs"][0]["prefill"]) < 12
+
+
+def test_a_failure_keeps_what_was_measured_before_it_and_nothing_where_there_was_none(tmp_path: Path) -> None:
+    options = argparse.Namespace(json=tmp_path / "b.json", before=None)
+    result: dict[str, Any] = {"benchmark": "batching", "clients": {}}
+
+    def fail() -> None:
+        raise RuntimeError("a server died")
+
+    def measure_one_and_fail() -> None:
+        result["clients"]["1"] = {"off_per_s": 5.0}
+        fail()
+
+    for measure, kept in ((fail, False), (measure_one_and_fail, True)):
+        with pytest.raises(RuntimeError, match="a server died"):
+            command.run(result, options, Console(), measure, lambda found, path: [])
+        assert options.json.exists() is kept
+    assert read(options.json) == {**result, "interrupted": "a server died"}
+    assert list(tmp_path.iterdir()) == [options.json]
 
 
 @pytest.mark.parametrize(
