@@ -21,7 +21,7 @@ from benchmarks.transport import PARTS, parse_size
 
 ROOT = Path(__file__).parent.parent
 PEERS = ("tsqp", "multipart", "pipe", "copies")
-LIMIT_S = 100.0
+LIMIT_S = 200.0
 QUICK = ["--pace", "0.02", "--sizes", "64B", "100KB", "--peers", *PEERS, "--large-sizes", "12MB"]
 QUICK += ["--clients", "1", "3", "--slots", "1", "4"]
 CELL = {"median_us", "p99_us", "max_us", "count", "rounds", "cpu_us_per_message", "client_cpu_us_per_message"}
