@@ -119,9 +119,12 @@ def test_idle_has_shares_and_a_first_message_for_every_length(parts: dict[str, A
 def test_clients_are_counted_apart(parts: dict[str, Any]) -> None:
     for cells in parts["clients"]["sizes"].values():
         assert list(cells["echoes_per_s"]) == ["1", "3"]
-        assert max(cells["of_peak"].values()) == 1.0
-        assert cells["max_over_min"]["1"] == 1.0
-        assert cells["max_over_min"]["3"] >= 1.0
+        peak = max(cells["echoes_per_s"].values())
+        for count, rate in cells["echoes_per_s"].items():
+            assert cells["of_peak"][count] == (rate / peak if peak else 0.0)
+            if rate:  # on a busy machine no echo may be done in so short a turn
+                assert cells["max_over_min"][count] >= 1.0
+                assert count != "1" or cells["max_over_min"][count] == 1.0
 
 
 def test_large_compares_carriers(parts: dict[str, Any]) -> None:
