@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .plots import INCHES, keep
+from .report import number_of
 
 _COLOURS = {"float32": "tab:blue", "bfloat16": "tab:orange"}
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -39,8 +40,9 @@ def _kernels(goals: tuple[float, float], result: dict[str, Any], pyplot: Any) ->
                     one.axvline(goal, label="promised", **_GOAL)
             axes[0].invert_yaxis()  # the first operator on top, in both
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-            threads = "one thread" if count == 1 else f"{count} threads"
-            figure.suptitle(f"The runner's operators, {phase} sizes, {threads}, {result['instruction_set']}")
+            figure.suptitle(
+                f"The runner's operators, {phase} sizes, {number_of(count, 'thread')}, {result['instruction_set']}"
+            )
             yield f"{phase}-{count}", figure
 
 
@@ -95,7 +97,7 @@ def _batching(result: dict[str, Any], pyplot: Any) -> Iterator[tuple[str, Any]]:
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
     axes.margins(y=0.12)
     rows = result["options"]["rows"]
-    what = f"{rows} row{'s' if rows > 1 else ''} a request, {result['options']['dtype']}"
+    what = f"{number_of(rows, 'row')} a request, {result['options']['dtype']}"
     axes.set(xlabel="clients of one server", ylabel="requests per second, all clients together")
     axes.set_title(f"Batching: {what} (whiskers: fastest and slowest round)")
     axes.grid(axis="y", alpha=0.3)

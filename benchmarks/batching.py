@@ -33,7 +33,7 @@ import tsqp
 from . import bar_plots, command, machine
 from .clients import Worker
 from .peers import preload_models
-from .report import NOTHING, figure, show
+from .report import NOTHING, figure, number_of, show
 from .setting import Setting, median
 
 HIDDEN, INTERMEDIATE = 2048, 8192
@@ -104,7 +104,7 @@ def measure(count: int, endpoints: list[str], options: argparse.Namespace, setti
             client.hear()
         for _ in range(options.rounds):
             for number in (0, 1):
-                setting.step(f"{count} clients, batching {'on' if number else 'off'}")
+                setting.step(f"{number_of(count, 'client')}, batching {'on' if number else 'off'}")
                 begin = time.monotonic() + WARMUP_S
                 for client in clients:
                     client.say((number, begin, begin + options.seconds))
@@ -121,7 +121,8 @@ def measure(count: int, endpoints: list[str], options: argparse.Namespace, setti
 
 def table(result: dict[str, Any]) -> Table:
     options = result["options"]
-    title = f"{options['rows']} row(s), {options['dtype']}, requests per second, medians of {options['rounds']} rounds"
+    what = f"{number_of(options['rows'], 'row')} a request, {options['dtype']}"
+    title = f"Requests per second, {what}, medians of {number_of(options['rounds'], 'round')}"
     shown = Table(title=title, title_justify="left")
     for column in ("clients", "batching off", "batching on", "on / off"):
         shown.add_column(column, justify="right")

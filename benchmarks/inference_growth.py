@@ -12,6 +12,7 @@ from .inference_ends import Ends, running
 from .inference_limits import Peaks, work
 from .inference_measure import Contestant, Phase, connected, counted
 from .inference_model import SIZES, Spec, random_ids
+from .report import number_of
 from .setting import median
 
 TOKENS = (128, 256, 512, 1024, 2048, 4096)
@@ -78,7 +79,7 @@ def _all(
 ) -> None:
     """Stock and every contestant at one size."""
     ids = random_ids(spec, tokens)
-    text = f"{spec.layers} layers, {tokens} tokens"
+    text = f"{number_of(spec.layers, 'layer')}, {tokens} tokens"
 
     def stock_s() -> float:
         seconds: float = ends.stock.call("prefill", ids)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .plots import INCHES, below, keep, plain_log
+from .report import number_of
 
 #: Key of a part in the result -> its label and colour.
 PARTS = {
@@ -31,7 +32,7 @@ def _figures(result: dict[str, Any], pyplot: Any) -> Iterator[tuple[str, Any]]:
         for phase, one in zip(("prefill", "decode"), axes, strict=True):
             _parts(one, run, phase, options["tokens"])
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-        figure.suptitle(f"Where the time goes: {dtype}, {options['layers']} layers, {options['device']}")
+        figure.suptitle(f"Where the time goes: {dtype}, {number_of(options['layers'], 'layer')}, {options['device']}")
         yield f"parts-{dtype}", figure
     growth = result.get("growth")
     if growth is None:
@@ -75,7 +76,7 @@ def _parts(axes: Any, run: dict[str, Any], phase: str, tokens: int) -> None:
 
 def _about(growth: dict[str, Any], over: str) -> str:
     count, unit = (growth["layers_of_tokens"], "layer") if over == "tokens" else (growth["tokens_of_layers"], "token")
-    return f"{growth['dtype']}, {count} {unit}{'' if count == 1 else 's'}"
+    return f"{growth['dtype']}, {number_of(count, unit)}"
 
 
 def _growth(axes: Any, growth: dict[str, Any], over: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .bars import Bar
-from .report import NOTHING, figure
+from .report import NOTHING, figure, number_of
 
 #: The settings the promises are for.
 CPU_SETTING = {"model": "llama-1b", "layers": 4, "tokens": 1024, "threads": 2}
@@ -91,7 +91,7 @@ def _transport(dtype: str, run: dict[str, Any], tokens: int) -> Iterator[Bar]:
 
 def tables(dtype: str, run: dict[str, Any], options: dict[str, Any]) -> list[Table]:
     """What one dtype's run measured."""
-    setting = f"{dtype}, {options['layers']} layers, {options['tokens']} tokens, {options['device']}"
+    setting = f"{dtype}, {number_of(options['layers'], 'layer')}, {options['tokens']} tokens, {options['device']}"
     title = f"{setting}, {options['threads']} threads a side, medians of {options['rounds']} rounds in turn"
     return [
         _times(run, title),

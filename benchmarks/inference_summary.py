@@ -14,13 +14,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .report import figure
+from .report import figure, number_of
 
 
 def table(result: dict[str, Any]) -> Table:
     """A row for each split model and dtype: milliseconds beside stock's and the floor."""
     options = result["options"]
-    title = f"{options['model']}, {options['layers']} layers, {options['tokens']} tokens, {options['device']}"
+    title = (
+        f"{options['model']}, {number_of(options['layers'], 'layer')}, {options['tokens']} tokens, {options['device']}"
+    )
     shown = Table(title=title, title_justify="left")
     for column in ("dtype", "", "prefill ms", "decode ms"):
         shown.add_column(column, justify="left" if column in ("dtype", "") else "right")

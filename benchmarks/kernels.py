@@ -33,7 +33,7 @@ from tsqp import _kernels, ops
 from . import bar_plots, command, machine
 from .bars import Bar
 from .bars import table as bar_table
-from .report import Samples, figure, show
+from .report import Samples, figure, number_of, show
 from .setting import Setting, in_turn, no_garbage_collection, random_tensor, timed_calls
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -235,7 +235,7 @@ def prefill_cases(dtype: torch.dtype) -> list[Callable[[], Case]]:
 def bars(cells: Sequence[dict[str, Any]], threads: int) -> list[Bar]:
     found = []
     for cell in cells:
-        text = f"{cell['operator']} {cell['shape']} {cell['dtype']}, {threads} threads"
+        text = f"{cell['operator']} {cell['shape']} {cell['dtype']}, {number_of(threads, 'thread')}"
         found.append(Bar(f"{text}: times torch eager", TIMES_TORCH, cell["times_torch"], at_most=False))
         found.append(Bar(f"{text}: of the bandwidth limit", OF_BANDWIDTH, cell["of_bandwidth"], at_most=False))
     return found
@@ -264,7 +264,7 @@ def run(threads: int, options: argparse.Namespace, setting: Setting, found: dict
     with setting.part(sum(len(prefill) + len(decode) for prefill, decode in cases.values())):
 
         def one(phase: str, case: Case, seconds: float) -> None:
-            setting.step(f"{threads} threads, {case.name} {case.shape} {str(case.dtype)[6:]}")
+            setting.step(f"{number_of(threads, 'thread')}, {case.name} {case.shape} {str(case.dtype)[6:]}")
             found[phase].append(measure(case, seconds, options.rounds))
 
         for prefill, decode in cases.values():
@@ -273,8 +273,12 @@ def run(threads: int, options: argparse.Namespace, setting: Setting, found: dict
             for case in decode:
                 one("decode", case, options.seconds / 4)
     console = setting.console
-    show(cell_table(found["prefill"], f"Prefill, {threads} threads: fastest calls", bandwidth=True), console)
-    show(cell_table(found["decode"], f"Decode, {threads} threads: fastest calls", bandwidth=False), console)
+    show(
+        cell_table(found["prefill"], f"Prefill, {number_of(threads, 'thread')}: fastest calls", bandwidth=True), console
+    )
+    show(
+        cell_table(found["decode"], f"Decode, {number_of(threads, 'thread')}: fastest calls", bandwidth=False), console
+    )
     promised = bars(found["prefill"], threads)
     show(bar_table(promised), console)
     found["bars"] = [bar.as_json() for bar in promised]

@@ -63,6 +63,11 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def number_of(count: int, unit: str) -> str:
+    """'1 layer', '2 layers'."""
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
 def figure(value: float) -> str:
     if value < 10:
         return f"{value:.2f}"
