@@ -191,10 +191,11 @@ def test_cuda_bars_are_milliseconds_beside_the_floor() -> None:
 
 def test_sizes_that_would_take_too_much_are_left_out() -> None:
     spec = Spec("llama-1b", 4, "float32", "cpu", 2)
-    assert inference_growth.too_much(spec, 128, {}) is None
-    too_long = inference_growth.too_much(spec, 256, {"128": {"ms": 1e6}})
-    assert too_long == "the size before took 1000 s"
-    assert "MiB of free memory" in (inference_growth.too_much(spec, 1 << 20, {}) or "")
+    stock = {"128": {"ms": 10.0}, "256": {"ms": 25.0}}
+    assert inference_growth.too_much(spec, 128, {}, stock) is None
+    assert inference_growth.too_much(spec, 256, {"128": {"ms": 23e3}}, stock) is None
+    assert inference_growth.too_much(spec, 256, {"128": {"ms": 25e3}}, stock) == "the size before took 25 s"
+    assert "MiB of free memory" in (inference_growth.too_much(spec, 1 << 20, {}, stock) or "")
 
 
 @pytest.mark.parametrize(
