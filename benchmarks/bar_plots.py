@@ -32,8 +32,8 @@ def _kernels(goals: tuple[float, float], result: dict[str, Any], pyplot: Any) ->
             figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 5.5), layout="constrained", sharey=True)
             _bars(axes[0], run[phase], "times_torch", "{:.1f}", starts_at=1.0)
             _times_axis(axes[0], [cell["times_torch"] for cell in run[phase]])
-            _bars(axes[1], run[phase], "of_bandwidth", "{:.2f}", starts_at=0.0)
-            axes[1].set(xlabel="share of what a copy of the same bytes allows")
+            _bars(axes[1], run[phase], "of_memory", "{:.2f}", starts_at=0.0)
+            axes[1].set(xlabel="share of the bandwidth of memory (1: a copy too large for any cache)")
             axes[1].margins(x=0.15)
             if phase == "prefill":  # what is promised holds for these sizes
                 for one, goal in zip(axes, goals, strict=True):

@@ -68,7 +68,7 @@ UNITS: tuple[tuple[str, Unit], ...] = (
     (r"^ratio|max_over_min", Unit("x", True)),
     (r"times_torch|^gain", Unit("x", False)),
     (r"ring_share", Unit("share", False, main=False)),
-    (r"of_bandwidth|of_memcpy|of_peak", Unit("share", False)),
+    (r"of_bandwidth|of_memory|of_memcpy|of_peak", Unit("share", False)),
     (r"faults_per_message|copied_per_byte_delivered|^round_trips|logit_difference", Unit("", True, main=False)),
     (r"_transfers|_bytes|^peak_bytes", Unit("", None, main=False)),
 )

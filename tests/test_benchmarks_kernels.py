@@ -14,9 +14,19 @@ import pytest
 pytest.importorskip("rich")
 
 LIMIT_S = 200.0
-WAYS = {"ours", "reused", "torch", "copy", "copy past the caches"}
+WAYS = {"ours", "reused", "torch", "copy", "copy past the caches", "copy of memory"}
 
 pytestmark = pytest.mark.watchdog(LIMIT_S + 20)
+
+#: Bytes that must move in float32.
+NBYTES = {
+    "RMSNorm": 2 * 1024 * 2048 * 4,
+    "residual + RMSNorm": 4 * 1024 * 2048 * 4,
+    "SiLU·gate": 3 * 1024 * 8192 * 4,
+    "rotary": 2 * 40 * 1024 * 64 * 4,
+    "causal softmax": 32 * 1024 * (1024 + 1025 // 2) * 4 + 32 * 512 * 4,
+    "masked softmax": 2 * 32 * 1024 * 1024 * 4,
+}
 
 
 def kept_by_a_run(path: Path) -> dict[str, Any]:
@@ -56,4 +66,7 @@ def check_shares(cell: dict[str, Any]) -> None:
     # Every operator moves as many bytes as its copy, but for the causal softmax, which reads only half of them.
     moved = (1 + (1024 + 1) / 2 / 1024) / 2 if cell["operator"] == "causal softmax" else 1.0
     limit = min(best["copy"], best["copy past the caches"]) * moved
+    nbytes = NBYTES[cell["operator"]] // (1 if cell["dtype"] == "float32" else 2)
+    memory = best["copy of memory"] * nbytes / (2 * (256 << 20))
+    assert cell["of_memory"] == pytest.approx(memory / min(best["ours"], best["reused"]), rel=0.01)
     assert cell["of_bandwidth"] == pytest.approx(limit / min(best["ours"], best["reused"]), rel=0.01)
