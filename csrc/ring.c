@@ -286,15 +286,21 @@ bool tsqp_ring_ready(struct tsqp_ring *ring) {
     return watch.word == &entry_at(ring, ring->next)->seq;
 }
 
+/* How many entries from the next one on have the word they have `lead` steps into their lap. */
+static uint64_t count_from_next(const struct tsqp_ring *ring, uint64_t lead) {
+    uint64_t n = 0;
+    while (n < ring->count &&
+           tsqp_load_acquire(&entry_at(ring, ring->next + n)->seq) == lap_even(ring, ring->next + n) + lead)
+        n++;
+    return n;
+}
+
 uint64_t tsqp_ring_free_slots(struct tsqp_ring *ring) {
-    uint64_t free_entries = 0;
-    while (free_entries < ring->count) {
-        uint64_t k = ring->next + free_entries;
-        if (tsqp_load_acquire(&entry_at(ring, k)->seq) != lap_even(ring, k))
-            break;
-        free_entries++;
-    }
-    return free_entries;
+    return count_from_next(ring, 0);
+}
+
+uint64_t tsqp_ring_unread_slots(struct tsqp_ring *ring) {
+    return count_from_next(ring, 1);
 }
 
 /* ---- consumer ---- */

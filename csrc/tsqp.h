@@ -208,7 +208,8 @@ int tsqp_ring_follow(struct tsqp_ring *ring, struct tsqp_slot *slot, uint64_t up
 struct tsqp_watch tsqp_ring_fill_watch(struct tsqp_ring *ring, const struct tsqp_slot *slot);
 /* Consumer: gives the message acquired last back unread; the next try_read gets it again. */
 int tsqp_ring_unread(struct tsqp_ring *ring, const struct tsqp_slot *slot);
-uint64_t tsqp_ring_free_slots(struct tsqp_ring *ring); /* producer: how many writes would not wait */
+uint64_t tsqp_ring_free_slots(struct tsqp_ring *ring);   /* producer: how many writes would not wait */
+uint64_t tsqp_ring_unread_slots(struct tsqp_ring *ring); /* consumer: published, and not acquired yet */
 void tsqp_ring_wake_peer(struct tsqp_ring *ring);
 /* Producer: wakes a sleeping consumer for a message that is still being made; its wake-up takes about as
  * long. */

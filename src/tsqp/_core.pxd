@@ -112,6 +112,7 @@ cdef extern from "tsqp.h" nogil:
     tsqp_watch tsqp_ring_fill_watch(tsqp_ring *ring, const tsqp_slot *slot)
     int tsqp_ring_unread(tsqp_ring *ring, const tsqp_slot *slot)
     uint64_t tsqp_ring_free_slots(tsqp_ring *ring)
+    uint64_t tsqp_ring_unread_slots(tsqp_ring *ring)
     void tsqp_ring_wake_peer(tsqp_ring *ring)
     void tsqp_ring_rouse(tsqp_ring *ring)
 

@@ -233,6 +233,12 @@ cdef class Ring:
         self.segment.usable()
         return c.tsqp_ring_free_slots(self.ptr)
 
+    def unread_slots(self):
+        """How many slots the producer published that the consumer, this end, has not begun to read. Any thread may
+        ask: the ring's own place is only moved under the GIL."""
+        self.segment.usable()
+        return c.tsqp_ring_unread_slots(self.ptr)
+
     def ready(self):
         """True if a whole message waits (consumer), a slot is free (producer), or the peer closed."""
         self.segment.usable()

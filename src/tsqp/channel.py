@@ -240,6 +240,15 @@ class Channel(Port):
         return 0 if self._segment is None else self._segment.max_chunks
 
     @property
+    def waiting(self) -> int:
+        """How many messages have come and were not taken; one in tiles counts as the slots it fills. 0 once closed."""
+        if self._closed:
+            return 0
+        ring = self._rx
+        arrived = self._link.unread if ring is None else ring.unread_slots()
+        return int(arrived) + self._receiver.ahead
+
+    @property
     def mapping(self) -> tuple[int, int] | None:
         """Address and bytes of the channel's shared memory in this process, for page-locking; None without any."""
         return None if self._segment is None else (self._segment.address, self._segment.nbytes)

@@ -53,6 +53,10 @@ class Link(Protocol):
         """True once there is a message to receive, False when `deadline` passed; raises like :meth:`recv`."""
 
     def pending(self) -> bool: ...
+    @property
+    def unread(self) -> int:
+        """How many messages have arrived and were not received."""
+
     def dead(self) -> str | None: ...
     def can_send(self) -> bool: ...
     def close(self) -> None: ...
@@ -229,6 +233,10 @@ class ClientLink:
     def _has_room(self) -> bool:
         return len(self._inbox) < _MAX_INBOX and self._inbox_bytes < self._max_inbox_bytes
 
+    @property
+    def unread(self) -> int:
+        return len(self._inbox)
+
     def pending(self) -> bool:
         with self._lock:
             if self._closed:
@@ -382,6 +390,10 @@ class ServerLink:
             raise PeerDiedError(f"the client died: {self.reason}")
         if self.said_bye:
             raise ClosedError("the client closed the connection")
+
+    @property
+    def unread(self) -> int:
+        return len(self._inbox)
 
     def pending(self) -> bool:
         return bool(self._inbox) or self.said_bye

@@ -62,6 +62,11 @@ class Receiver:
         return self._link.pending() if ring is None else ring.ready()
 
     @property
+    def ahead(self) -> int:
+        """How many messages were read ahead."""
+        return len(self._ahead)
+
+    @property
     def wait_ring(self) -> Ring | None:
         """The ring whose next slot ends a wait; None while ZeroMQ is what this end waits for."""
         return self._ring if self._awaited is None else None

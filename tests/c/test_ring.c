@@ -153,6 +153,29 @@ static void free_slots_counts_what_would_not_wait(void) {
     pair_close(&pair);
 }
 
+static void unread_slots_counts_what_was_published(void) {
+    struct pair pair = pair_open(64, 3);
+    struct tsqp_slot a, b;
+    CHECK_EQ(tsqp_ring_unread_slots(pair.consumer), 0);
+    for (int lap = 0; lap < 3; lap++) {
+        write_message(&pair, 0, 1);
+        write_message(&pair, 1, 1);
+        CHECK_EQ(tsqp_ring_unread_slots(pair.consumer), 2);
+        a = read_message(&pair, 0, 1);
+        CHECK_EQ(tsqp_ring_unread_slots(pair.consumer), 1);
+        b = read_message(&pair, 1, 1);
+        write_message(&pair, 2, 1); /* beside two that are leased */
+        CHECK_EQ(tsqp_ring_unread_slots(pair.consumer), 1);
+        CHECK_EQ(tsqp_ring_release(pair.consumer, &b), TSQP_OK);
+        CHECK_EQ(tsqp_ring_release(pair.consumer, &a), TSQP_OK);
+        CHECK_EQ(tsqp_ring_unread_slots(pair.consumer), 1);
+        a = read_message(&pair, 2, 1);
+        CHECK_EQ(tsqp_ring_release(pair.consumer, &a), TSQP_OK);
+        CHECK_EQ(tsqp_ring_unread_slots(pair.consumer), 0);
+    }
+    pair_close(&pair);
+}
+
 static void two_rings_of_a_segment_are_apart(void) {
     struct pair pair = pair_open(64, 2);
     struct tsqp_ring *back_producer, *back_consumer;
@@ -322,6 +345,7 @@ int main(void) {
     RUN(slots_are_released_in_any_order);
     RUN(slot_freed_last_is_used_next);
     RUN(free_slots_counts_what_would_not_wait);
+    RUN(unread_slots_counts_what_was_published);
     RUN(two_rings_of_a_segment_are_apart);
     RUN(consumer_reads_all_before_it_sees_the_close);
     RUN(producer_sees_the_close_at_once);
