@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -65,6 +66,7 @@ class Answering:
         self._learner = JoinLearner()
         self._linger = Linger()
         self._past_transfers = sum_transfers(())
+        self._ending = threading.Lock()  # or a client that goes would be in neither, or in both, for a moment
 
     def _rows(self, tag: int) -> tuple[list[int], list[int] | None]:
         method = Method(tag)
@@ -80,8 +82,13 @@ class Answering:
 
     def transfers(self) -> dict[str, Any]:
         """Counters of all channels there are and were."""
-        channels = [session.channel.stats for session in list(self.sessions.values())]
-        return sum_transfers([self._past_transfers, *channels])
+        sessions, past = self.all_transfers()
+        return sum_transfers([past, *(session.channel.stats for session in sessions)])
+
+    def all_transfers(self) -> tuple[list[Session], dict[str, Any]]:
+        """The clients there are, and the counters of the channels there were. Any thread may ask."""
+        with self._ending:
+            return list(self.sessions.values()), self._past_transfers
 
     def serve(self, ready: list[Any], stopping: Callable[[], bool]) -> bool:
         """Answers one request of each of the ``ready`` channels that has one; False where nothing could be done for
@@ -313,12 +320,13 @@ class Answering:
     def drop(self, session: Session, reason: BaseException | str) -> None:
         """Ends a client's connection and frees what was kept for it."""
         channel = session.channel
-        if self.sessions.pop(channel, None) is None:
-            return
+        with self._ending:
+            if self.sessions.pop(channel, None) is None:
+                return
+            self._past_transfers = sum_transfers([self._past_transfers, channel.stats])
         session.drop_cache()
         if session.page_lock is not None:
             session.page_lock.release()
-        self._past_transfers = sum_transfers([self._past_transfers, channel.stats])
         log.info("client gone: %s (%s)", channel.peer, reason)
         try:
             channel.close()

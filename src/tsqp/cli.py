@@ -1,5 +1,6 @@
 """The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
 ``clean``, ``bench``.
+``top``, ``doctor``, ``clean``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
@@ -87,6 +88,8 @@ def serve(
     compile_mlps: options.Compile = False,
     linear_backend: options.LinearBackend = "auto",
     pack_weights: options.PackWeights = None,
+    status_socket: options.Status = False,
+    metrics_port: options.MetricsPort = None,
 ) -> None:
     """Serves the heavy operators of a model until Ctrl-C or SIGTERM, then prints transfer statistics."""
     path = checkpoint(model)
@@ -112,6 +115,8 @@ def serve(
             linear_backend=linear_backend,
             pack_weights=pack_weights,
             progress=tell,
+            status=status_socket,
+            metrics_port=metrics_port,
         )
     show_log()
     server.serve()
@@ -225,6 +230,25 @@ def health(*, endpoint: options.Endpoint = None, timeout: options.Timeout = 5.0,
     if not found.healthy:
         raise TsqpError(str(found))
     print(found)
+
+
+@app.command(epilog="Example: [bold]tsqp top --interval 0.5[/]")
+def top(
+    *,
+    endpoint: options.Endpoint = None,
+    interval: options.Interval = 1.0,
+    once: options.Once = False,
+    json: options.JsonLines = False,
+) -> None:
+    """Shows what a running server does: its clients, round trips and MB per second, what waits. Ctrl-C ends it.
+
+    The server tells only its own user, and only where it was started with [bold]tsqp serve --status[/].
+    """
+    where = endpoint or config.default_endpoint()
+    config.parse_endpoint(where)
+    from .top import show
+
+    show(where, interval=interval, once=once, json=json)
 
 
 @app.command(epilog="Example: [bold]tsqp clean --yes[/]")

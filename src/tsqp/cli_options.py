@@ -104,6 +104,19 @@ PackWeights = Annotated[
     bool | None,
     typer.Option(show_default=False, help="oneDNN's own layout of weights. Default: of those no two modules share."),
 ]
+Status = Annotated[
+    bool, typer.Option("--status", help="Let your own user ask for the figures of all clients (tsqp top).")
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=65535,
+        metavar="PORT",
+        show_default=False,
+        help="Serve the figures of all clients as Prometheus text on 127.0.0.1, to every user of this machine.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")]
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")]
 DemoPrompt = Annotated[
@@ -131,3 +144,6 @@ Timeout = Annotated[
     float, typer.Option(min=0.001, metavar="SECONDS", help="How long connecting and the computation may take together.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+Interval = Annotated[float, typer.Option(min=0.05, max=86400, metavar="SECONDS", help="Time between two looks.")]
+Once = Annotated[bool, typer.Option("--once", help="Show one interval and leave.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one line of JSON per interval instead.")]

@@ -25,6 +25,9 @@ from .errors import (
 from .linear_backends import choose_backends
 from .listener import check_endpoint, listen
 from .loading import Progress, load_model
+from .local_server import LocalServer
+from .metrics import MetricsServer, check_metrics
+from .overview import overview
 from .protocol import (
     MAX_KV_BYTES,
     MAX_REPLY_BYTES,
@@ -33,6 +36,7 @@ from .protocol import (
 from .server_attention import AttentionOperators
 from .server_fused import FusedOperators
 from .server_ops import Operators
+from .server_status import serve_status
 from .serving import make_default_directory, stop_signals
 from .sessions import Session
 from .telemetry import Telemetry, print_stats
@@ -59,7 +63,9 @@ class GPUServer:
     computed on a CPU: ``torch``, ``onednn``, or ``auto``, whichever is measured to be faster. With oneDNN, weights may
     be *packed*, laid out as its kernels read them: those of a loaded checkpoint are, instead of their plain form; with
     ``pack_weights=True`` also a ready model's and those that modules share, which takes their memory a second time;
-    with False none. ``progress`` is called with a line per phase of loading.
+    with False none. ``progress`` is called with a line per phase of loading. ``status`` lets the server's own
+    user ask it about all its clients (``tsqp top``), by a socket file beside the endpoint; ``metrics_port`` serves the
+    same figures as Prometheus text on 127.0.0.1, to every user of the machine (0: a free one, see the attribute).
 
     The model is loaded by the constructor; the endpoint is bound by :meth:`serve`, which blocks, or
     :meth:`start`, which returns. Raises :class:`ModelNotFoundError`, :class:`ModelError`,
@@ -86,6 +92,8 @@ class GPUServer:
         linear_backend: str = "auto",
         pack_weights: bool | None = None,
         progress: Progress | None = None,
+        status: bool = False,
+        metrics_port: int | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("max_clients", max_clients)):
             if value is not None and value < 1:
@@ -93,8 +101,12 @@ class GPUServer:
         for name, nbytes in (("kv_limit_bytes", kv_limit_bytes), ("reply_limit_bytes", reply_limit_bytes)):
             if nbytes < 0:
                 raise ConfigError(f"{name}={nbytes} is negative; give a number of bytes")
+        if metrics_port is not None:
+            check_metrics(metrics_port)
         self.endpoint = endpoint or config.default_endpoint()
         check_endpoint(self.endpoint)
+        self._status, self.metrics_port = status, metrics_port
+        self._doors: list[LocalServer | MetricsServer] = []
         self._listen_options: dict[str, Any] = {
             "max_chunk_bytes": config.max_chunk_bytes() if max_chunk_bytes is None else max_chunk_bytes,
             "max_chunks": config.max_chunks() if max_chunks is None else max_chunks,
@@ -205,6 +217,14 @@ class GPUServer:
             **answering.transfers(),
         }
 
+    def overview(self) -> dict[str, Any]:
+        """What ``tsqp top`` and the metrics show: numbers of all clients and of each, see :mod:`tsqp.overview`."""
+        return {
+            "endpoint": self.endpoint,
+            "clients_seen": self._clients_seen,
+            **overview(self._answering, self.telemetry),
+        }
+
     def print_stats(self) -> None:
         """Prints :attr:`stats` as tables."""
         print_stats(self.stats, "tsqp server")
@@ -226,7 +246,20 @@ class GPUServer:
         make_default_directory(config.parse_endpoint(self.endpoint))
         self._listener = listen(self.endpoint, **self._listen_options)
         self.endpoint = self._listener.endpoint
+        try:
+            self._open_doors()
+        except BaseException:
+            self._close()
+            raise
         log.info("serving at %s; protection: %s", self.endpoint, PROTECTION_LINE)
+
+    def _open_doors(self) -> None:
+        if self._status:
+            self._doors.append(serve_status(self.endpoint, self.overview))
+        if self.metrics_port is not None:
+            metrics = MetricsServer(self.metrics_port, self.overview)
+            self._doors.append(metrics)
+            self.metrics_port = metrics.port
 
     def _run(self) -> None:
         if self._threads is not None:
@@ -257,5 +290,7 @@ class GPUServer:
         return self._stopping
 
     def _close(self) -> None:
+        while self._doors:
+            self._doors.pop().close()
         self._answering.dismiss_all()
         self._listener.close()

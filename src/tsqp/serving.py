@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,10 +17,15 @@ from .errors import EndpointError
 
 
 def make_default_directory(endpoint: config.Endpoint) -> None:
-    """Makes the directory of default sockets, this user's alone; refuses one that somebody else put there."""
+    """Makes the directory of default sockets where ``endpoint`` lies in it; see :func:`make_private`."""
     directory = config.socket_directory()
     if endpoint.scheme != "ipc" or os.path.dirname(endpoint.path) != str(directory):
         return
+    make_private(directory)
+
+
+def make_private(directory: Path) -> None:
+    """Makes a directory that is this user's alone; refuses one that somebody else put there."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:

@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class Session:
         "room",
         "seen_ns",
         "served_ns",
+        "since_ns",
         "targets",
     )
 
@@ -75,6 +77,8 @@ class Session:
         self.kv_bytes = 0
         self.requests = 0
         self.errors = 0
+        #: When the client was let in, in ns of perf_counter.
+        self.since_ns = time.perf_counter_ns()
         #: What (method, meta) of earlier requests named; to be added to by :meth:`remember`.
         self.targets: dict[tuple[int, bytes], Any] = {}
         #: Since when the next request is known to wait, in ns of perf_counter; 0 where none is known of.

@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
 
-from .tracing import Recorder
+if TYPE_CHECKING:  # tracing knows the methods, and with them torch, which who only looks at figures does without
+    from .tracing import Recorder
 
 #: Operators with a time of their own: ``gpu_*`` run on the server, ``tee_*`` in the runner.
 OPERATORS = (
