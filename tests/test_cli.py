@@ -42,6 +42,7 @@ COMMANDS = {
     "demo": ("--prompt", "--max-new-tokens", "--placement"),
     "clean": ("--yes",),
     "health": ("--endpoint", "--timeout", "--json"),
+    "doctor": ("--no-echo", "--json"),
     "top": ("--endpoint", "--interval", "--once", "--json"),
 }
 PROMPT = "And the king said unto"

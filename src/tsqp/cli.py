@@ -251,6 +251,26 @@ def top(
     show(where, interval=interval, once=once, json=json)
 
 
+@app.command(epilog="Example: [bold]tsqp doctor --json[/]")
+def doctor(*, echo: options.Echo = True, json: options.Json = False) -> None:
+    """Checks this machine and says what to do: memory, processors, threads, torch, sockets, enclaves, an echo.
+
+    Leaves with status 1 if there is a problem; notes are what works with less than it could have.
+    """
+    from .demo.server_process import termination_raises
+    from .doctor import as_json, examine, healthy, print_finding, summary
+    from .doctor_machine import Machine
+
+    found, console = [], Console()
+    with termination_raises():
+        for finding in examine(Machine(), echo=echo):
+            found.append(finding)
+            if not json:
+                print_finding(console, finding)
+    print(dumps(as_json(found)) if json else summary(found))
+    raise typer.Exit(EXIT_OK if healthy(found) else EXIT_ERROR)
+
+
 @app.command(epilog="Example: [bold]tsqp clean --yes[/]")
 def clean(*, yes: options.Yes = False) -> None:
     """Lists, or removes, shared-memory segments that servers left behind when they were killed.

@@ -144,6 +144,7 @@ Timeout = Annotated[
     float, typer.Option(min=0.001, metavar="SECONDS", help="How long connecting and the computation may take together.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+Echo = Annotated[bool, typer.Option(help="Send tensors through a ring for a second, to another process and back.")]
 Interval = Annotated[float, typer.Option(min=0.05, max=86400, metavar="SECONDS", help="Time between two looks.")]
 Once = Annotated[bool, typer.Option("--once", help="Show one interval and leave.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one line of JSON per interval instead.")]
