@@ -1,6 +1,5 @@
 """The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
-``clean``, ``bench``.
-``top``, ``doctor``, ``clean``.
+``top``, ``doctor``, ``clean``, ``bench``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
