@@ -29,7 +29,8 @@ def overview(answering: Answering, telemetry: Telemetry) -> dict[str, Any]:
     they waited for their turn; all three are added when a request ends.
     """
     sessions, past = answering.all_transfers()
-    clients = [_client(session) for session in sessions]
+    now = time.perf_counter_ns()
+    clients = [_client(session, now) for session in sessions]
     counted = telemetry.snapshot()
     operators = counted["operators"].values()
     return {
@@ -50,12 +51,12 @@ def overview(answering: Answering, telemetry: Telemetry) -> dict[str, Any]:
     }
 
 
-def _client(session: Session) -> dict[str, Any]:
+def _client(session: Session, now: int) -> dict[str, Any]:
     channel = session.channel
     return {
         "client": channel.number,
         "peer": channel.peer,
-        "age_seconds": (time.perf_counter_ns() - session.since_ns) / 1e9,
+        "age_seconds": (now - session.since_ns) / 1e9,
         "round_trips": session.requests,
         "errors": session.errors,
         "waiting": channel.waiting,
