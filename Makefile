@@ -61,7 +61,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message tsqp._channel tsqp._kernels
+	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message tsqp._channel tsqp._kernels tsqp._perf
 
 format:
 	$(BIN)/ruff check --fix $(PYTHON_CODE)

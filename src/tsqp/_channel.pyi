@@ -5,6 +5,7 @@ import torch
 from typing_extensions import disjoint_base
 
 from ._message import Decoder, Encoder, Lease, Message
+from ._perf import RoundTrips
 from ._ring import Doorbell, Ring
 from .receiving import HeldMessage
 
@@ -40,6 +41,9 @@ class Port:
     _received: int
     _received_bytes: int
     def __init__(self, tx: Ring | None, rx: Ring | None, threshold: int) -> None: ...
+    @property
+    def _round_trips(self) -> RoundTrips | None: ...
+    def measure(self, round_trips: RoundTrips) -> None: ...
     @property
     def _tx(self) -> Ring | None: ...
     @property

@@ -10,6 +10,7 @@ from libc.stdlib cimport free, realloc
 
 from . cimport _core as c
 from ._message cimport OUT_OF_SLOT, Decoder, Encoder, Lease, Message, meta_of
+from ._perf cimport RoundTrips
 from ._ring cimport Doorbell, Ring, deadline_of
 
 import threading
@@ -105,6 +106,7 @@ cdef class Port:
     cdef public bint _closed
     cdef public uint64_t threshold
     cdef public uint64_t _sent, _sent_bytes, _received, _received_bytes  # through the ring, by either way
+    cdef readonly RoundTrips _round_trips  # of the performance log, None without
     cdef object _reserved_by
     cdef uint64_t _asked_bytes  # of the message sent last
 
@@ -115,6 +117,11 @@ cdef class Port:
         self._reserved_by = None
         self.direct_send = tx is not None
         self.direct_receive = rx is not None
+
+    def measure(self, RoundTrips round_trips):
+        """From now on says of each request when it was sent, and notes in each message when it was read."""
+        self._round_trips = round_trips
+        self._encoder.timed = self._decoder.timed = True
 
     def send(self, tensors, *, uint32_t tag=0, meta=None, uint64_t request_id=0, int status=0, uint32_t flags=0,
              uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None,
@@ -144,6 +151,7 @@ cdef class Port:
         cdef uint64_t total
         cdef c.tsqp_slot slot
         cdef c.tsqp_message_header *header
+        cdef uint64_t begin_ns = c.tsqp_now_ns() if self._round_trips is not None else 0
         if self.direct_send and not self._closed and self.send_gate.take():
             try:
                 c.tsqp_ring_rouse(self._tx.ptr)
@@ -162,6 +170,8 @@ cdef class Port:
                     self._sent += 1
                     self._sent_bytes += total
                     self._asked_bytes = total
+                    if self._round_trips is not None:
+                        self._round_trips.sent_now(request_id, begin_ns, self._encoder.written_ns, total)
                     return total
             finally:
                 self.send_gate.give()

@@ -17,6 +17,10 @@ cdef class Message:
     cdef readonly bytes meta_bytes
     cdef readonly list tensors
     cdef readonly str carrier
+    # For the performance log: when the reply was there and when it was in private memory, ns (0: not measured), and
+    # by what it came, a number of perf.h.
+    cdef public uint64_t arrived_ns, taken_ns
+    cdef public uint8_t way
     cdef object _meta
 
 
@@ -44,6 +48,8 @@ cdef class Encoder(Scratch):
     cdef tsqp_message out
     cdef Source sources[64]
     cdef list packed
+    cdef public bint timed
+    cdef uint64_t written_ns  # if timed: when all of the last message was in its slot, before that was said
     cdef uint64_t begin(self, tensors, bytes meta, object wire) except 0
     cdef int _count_parts(self, Py_ssize_t count, bytes meta) except -1
     cdef uint64_t begin_specs(self, specs, bytes meta) except 0
@@ -61,6 +67,9 @@ cdef class Encoder(Scratch):
 
 cdef class Decoder(Scratch):
     cdef tsqp_message inn
+    cdef public bint timed
+    cdef uint64_t begun_ns, waited_ns  # if timed: when the message was looked at, and fill_waited_ns then
+    cdef int _note_times(self, Ring ring, Message message) except -1
     cdef object _decoded(self, Ring ring, tsqp_slot *slot, tsqp_tensor_desc *desc, uint64_t deadline_ns)
     cdef int _parse(self, const uint8_t *first, uint64_t looked, uint64_t available, const uint8_t *rest) except -1
     cdef bytes _meta(self, const uint8_t *first, uint64_t looked, const uint8_t *rest)

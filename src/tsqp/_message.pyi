@@ -51,6 +51,9 @@ class Message:
     def tensors(self) -> list[torch.Tensor]: ...
     @property
     def carrier(self) -> str: ...
+    arrived_ns: int
+    taken_ns: int
+    way: int
 
 @disjoint_base
 class Lease:
@@ -85,6 +88,7 @@ class Scratch: ...
 
 @disjoint_base
 class Encoder(Scratch):
+    timed: bool
     def plan(
         self,
         tensors: Sequence[Any],
@@ -113,6 +117,7 @@ class Encoder(Scratch):
 
 @disjoint_base
 class Decoder(Scratch):
+    timed: bool
     def assemble(self, message: Message, max_bytes: int) -> Assembly: ...
     def read(self, ring: Ring, deadline_ns: int) -> Message: ...
     def lease(self, ring: Ring, deadline_ns: int) -> Lease | None: ...

@@ -25,6 +25,9 @@ cdef uint64_t NOGIL_BYTES = 1 << 18
 cdef enum:
     FIRST_LOOK_BYTES = 512
     HEAD_ON_STACK_BYTES = 1024
+    # Numbers of perf.h, for a message's `way`; 0: a slot.
+    VIA_ZMQ = 1
+    IN_TILES = 2
 
 #: Message flags from here on belong to the transport.
 FLAG_VIA_ZMQ = 1 << 24  # the message with sequence number `index` comes over ZeroMQ

@@ -6,6 +6,7 @@ cdef class Assembly:
     cdef c.tsqp_message plan
     cdef void *data[64]
     cdef uint64_t at
+    cdef uint64_t copied_ns
     cdef Message message
     #: Why this message is not taken: its tiles are dropped as they come. None: it is.
     cdef readonly object refusal
@@ -44,6 +45,7 @@ cdef class Assembly:
         cdef void *data = NULL
         cdef uint32_t i
         cdef c.tsqp_tensor_desc *desc
+        cdef uint64_t begin_ns = c.tsqp_now_ns()
         for i in range(self.plan.header.tensor_count):
             desc = &self.plan.tensors[i]
             if desc.encoding != c.TSQP_PLAIN:
@@ -56,6 +58,10 @@ cdef class Assembly:
                 with nogil:
                     _decode(desc, data, self.data[i])
                 self.message.tensors[i] = tensor
+        self.message.taken_ns = c.tsqp_now_ns()
+        # Copying was between waits for tiles; what counts is how long it took.
+        self.message.arrived_ns = begin_ns - self.copied_ns
+        self.message.way = IN_TILES
         return self.message
 
     @property
@@ -65,6 +71,7 @@ cdef class Assembly:
     def feed(self, Ring ring, uint64_t deadline_ns):
         """Takes one tile from the ring. False: the sender gave this message up."""
         cdef c.tsqp_slot slot
+        cdef uint64_t begin_ns
         ring.acquire(&slot, deadline_ns)
         try:
             if slot.filled < slot.nbytes:
@@ -74,8 +81,10 @@ cdef class Assembly:
             if slot.nbytes % 64 or slot.nbytes > self.plan.header.total_bytes - self.at:
                 check(c.TSQP_BAD_TOTAL)
             if self.refusal is None:
+                begin_ns = c.tsqp_now_ns()
                 with nogil:
                     self._take(slot.data, slot.nbytes)
+                self.copied_ns += c.tsqp_now_ns() - begin_ns
             self.at += slot.nbytes
             return True
         finally:

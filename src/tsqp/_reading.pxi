@@ -53,6 +53,8 @@ cdef class Decoder(Scratch):
         cdef uint8_t first[FIRST_LOOK_BYTES]
         cdef uint64_t looked = slot.nbytes if slot.nbytes < FIRST_LOOK_BYTES else FIRST_LOOK_BYTES
         cdef uint64_t head
+        if self.timed:
+            self.begun_ns, self.waited_ns = c.tsqp_now_ns(), ring.fill_waited_ns
         if slot.filled < looked:
             ring.fill_wait(slot, looked, deadline_ns)
         c.tsqp_copy_from_shared(first, slot.data, looked)
@@ -71,7 +73,7 @@ cdef class Decoder(Scratch):
             check(c.TSQP_BAD_TOTAL)
         if not view:
             self._copy_tensors(ring, slot, message, deadline_ns)
-            return 0
+            return self._note_times(ring, message)
         for i in range(self.inn.header.tensor_count):
             desc = &self.inn.tensors[i]
             if desc.encoding != c.TSQP_PLAIN:
@@ -81,6 +83,13 @@ cdef class Decoder(Scratch):
             message.tensors.append(_wrap(desc, slot.data + desc.offset, NULL, ring.segment.ptr))
         if slot.filled < slot.nbytes:
             ring.fill_wait(slot, slot.nbytes, deadline_ns)
+        return self._note_times(ring, message)
+
+    cdef int _note_times(self, Ring ring, Message message) except -1:
+        """Waiting for the sender, who may still write, is no time of reading."""
+        if self.timed:
+            message.arrived_ns = self.begun_ns + (ring.fill_waited_ns - self.waited_ns)
+            message.taken_ns = c.tsqp_now_ns()
         return 0
 
     cdef object _decoded(self, Ring ring, c.tsqp_slot *slot, c.tsqp_tensor_desc *desc, uint64_t deadline_ns):
@@ -182,6 +191,7 @@ cdef class Decoder(Scratch):
         cdef uint64_t nbytes = first.shape[0]
         cdef Message message
         cdef uint32_t i
+        cdef uint64_t begin_ns = c.tsqp_now_ns()
         if nbytes < sizeof(c.tsqp_message_header):
             check(c.TSQP_TRUNCATED)
         self._parse(&first[0], nbytes, nbytes, &first[0])
@@ -190,6 +200,7 @@ cdef class Decoder(Scratch):
         message = _new_message(&self.inn.header, self._meta(&first[0], nbytes, &first[0]), "zmq")
         for i in range(self.inn.header.tensor_count):
             message.tensors.append(self._frame_tensor(&self.inn.tensors[i], frames[i]))
+        message.arrived_ns, message.taken_ns, message.way = begin_ns, c.tsqp_now_ns(), VIA_ZMQ
         return message
 
     cdef _frame_tensor(self, c.tsqp_tensor_desc *desc, frame):

@@ -69,9 +69,13 @@ cdef class Reservation:
         if self.port._closed:
             raise e.ClosedError("the channel was closed while a message was being written; connect again")
         self.port._tx.segment.usable()  # a forked child must not publish what its parent will
+        cdef uint64_t begin_ns = c.tsqp_now_ns()  # what the caller wrote until now is its own time
         self.codec.publish_written(self.port._tx, self.meta, &self.slot)
         self.port._sent += 1
         self.port._sent_bytes += self.codec.out.header.total_bytes
+        if self.port._round_trips is not None:
+            self.port._round_trips.sent_now(self.codec.out.header.request_id, begin_ns, c.tsqp_now_ns(),
+                                            self.codec.out.header.total_bytes)
         return 0
 
     cdef object _left(self):

@@ -24,6 +24,7 @@ cdef class Ring:
     cdef readonly bint is_producer
     cdef public object liveness
     cdef bint closed
+    cdef uint64_t fill_waited_ns  # in fill_wait, all of it
     cdef int acquire(self, tsqp_slot *slot, uint64_t deadline_ns) except -1
     cdef int try_acquire(self, tsqp_slot *slot) except -2
     cdef int acquire_answer(self, tsqp_slot *slot, uint64_t deadline_ns, tsqp_forecast *forecast) except -1

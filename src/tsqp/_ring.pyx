@@ -189,11 +189,13 @@ cdef class Ring:
         cdef c.tsqp_watch watch
         cdef bint closed
         cdef int rc
+        cdef uint64_t begin_ns = c.tsqp_now_ns()
         try:
             while True:
                 closed = c.tsqp_segment_peer_closed(self.segment.ptr)  # before the look: it may finish, then close
                 rc = c.tsqp_ring_follow(self.ptr, slot, upto)
                 if rc == c.TSQP_OK:
+                    self.fill_waited_ns += c.tsqp_now_ns() - begin_ns
                     return 0
                 if rc != c.TSQP_AGAIN:
                     check(rc, f"segment {self.segment.name}")

@@ -185,6 +185,8 @@ cdef class Encoder(Scratch):
             else:
                 c.tsqp_pack_to_shared(slot.data + desc.offset, source.data, c.tsqp_dtype_itemsize(desc.dtype),
                                       desc.ndim, desc.shape, source.strides)
+        if self.timed:
+            self.written_ns = c.tsqp_now_ns()
         c.tsqp_outflow_mark(&flow, flow.total)
 
     def write_tiled_head(self, Ring ring, bytes meta, uint64_t deadline_ns):

@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError
 from copy import copy
 from typing import Any
 
+from ._perf import RoundTrips
 from .awaiting import Loops
 from .errors import ClosedError, PeerDiedError, ProtocolError, TsqpError
 from .kv_lengths import Outcome
@@ -26,6 +27,8 @@ class CallTable:
         self.round_trips = self.stale_replies = self.errors = self.busy_ns = 0
         #: Where each call is written down; see ``GPUClient.trace``.
         self.recorder: Recorder | None = None
+        #: Where each round trip is noted for the performance log.
+        self.round_trip_log: RoundTrips | None = None
         self._table = threading.RLock()  # a signal handler may close the client while its thread is in here
         self._pending: dict[int, PendingCall[Any]] = {}
         self._bytes = 0  # of the pending
@@ -76,6 +79,8 @@ class CallTable:
         call.accept(reply)
         self.round_trips += 1
         site.calls[0] += 1
+        if self.round_trip_log is not None:
+            self.round_trip_log.note(site, reply)
         times = site.times
         if times is not None:
             times[0] += 1

@@ -26,7 +26,19 @@ class Site:
     converts and looks up nothing. ``next_index()`` numbers the calls from 0; no two threads get one number.
     """
 
-    __slots__ = ("_known", "calls", "forecast", "id", "meta", "method", "next_index", "outs", "times")
+    __slots__ = (
+        "_known",
+        "calls",
+        "forecast",
+        "id",
+        "label",
+        "layer",
+        "meta",
+        "method",
+        "next_index",
+        "outs",
+        "times",
+    )
 
     def __init__(
         self,
@@ -46,6 +58,9 @@ class Site:
         self.times = None if operator is None else telemetry.row(operator)
         #: When its replies come; None: not to be reckoned with.
         self.forecast: Forecast | None = Forecast()
+        #: For the performance log: the layer, where it is known, and the log's own number of this site.
+        self.layer: int | None = None if meta is None else meta.get("layer")
+        self.label: int | None = None
         self._known: tuple[Any, Shapes] = (None, ())
 
     def shapes(self, shape: torch.Size) -> Shapes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from .sending import Fields, Sender, seconds_until
 
 #: What a sender that waits for a slot reads ahead at most, so that two full rings can't block each other.
 MAX_READ_AHEAD_BYTES = 1 << 30
+_REQUEST_ID = 2  # among the fields of a message
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -98,7 +100,13 @@ class Channel(Port):
         with self.send_gate:
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-            return self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+            if self._round_trips is None:
+                return self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+            begin_ns, self._sender.waited_ns = time.monotonic_ns(), 0
+            nbytes = self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+            waited_ns, way = self._sender.waited_ns, self._sender.way
+            self._round_trips.note_sent(fields[_REQUEST_ID], begin_ns, waited_ns, nbytes, way)
+            return nbytes
 
     def start_learning(self, measured: dict[str, Cost]) -> None:
         """Takes what carriers cost here; the ring is measured now."""

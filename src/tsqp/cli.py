@@ -136,6 +136,7 @@ def generate(
     wire_dtype: options.WireDtype = "auto",
     threads: options.Threads = None,
     stats: options.Stats = False,
+    perf_log: options.PerfLog = None,
 ) -> None:
     """Continues a prompt with the model a server serves, and prints the text as it comes.
 
@@ -144,7 +145,15 @@ def generate(
     """
     path = checkpoint(model)
     sampling = sampling_arguments(sample, temperature, seed)
-    with split_model(path, endpoint, placement=placement, dtype=dtype, wire_dtype=wire_dtype, threads=threads) as split:
+    with split_model(
+        path,
+        endpoint,
+        placement=placement,
+        dtype=dtype,
+        wire_dtype=wire_dtype,
+        threads=threads,
+        perf_log=perf_log,
+    ) as split:
         import torch
         from transformers import TextStreamer
 
@@ -172,13 +181,22 @@ def prefill(
     wire_dtype: options.WireDtype = "auto",
     threads: options.Threads = None,
     stats: options.Stats = False,
+    perf_log: options.PerfLog = None,
 ) -> None:
     """Times the prefill of a random prompt: seconds, tokens per second, round trips, bytes per carrier.
 
     Needs a running [bold]tsqp serve[/] (except with --placement local).
     """
     path = checkpoint(model)
-    with split_model(path, endpoint, placement=placement, dtype=dtype, wire_dtype=wire_dtype, threads=threads) as split:
+    with split_model(
+        path,
+        endpoint,
+        placement=placement,
+        dtype=dtype,
+        wire_dtype=wire_dtype,
+        threads=threads,
+        perf_log=perf_log,
+    ) as split:
         from .prefill import format_prefill, time_prefill
 
         with status(f"timing {repeat} prefills of {tokens} tokens"):

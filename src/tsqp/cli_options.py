@@ -137,6 +137,14 @@ Seed = Annotated[
     typer.Option(min=0, metavar="N", show_default=False, help="Makes --sample repeatable."),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print transfer and operator statistics at the end.")]
+PerfLog = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Write a row per round trip to FILE: a table, or .csv, .jsonl; tsqp analyze reads it.",
+    ),
+]
 Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")]
 Repeat = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs, after one that is not counted.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Remove them; without this they are only listed.")]

@@ -61,10 +61,19 @@ def sampling_arguments(sample: bool, temperature: float | None, seed: int | None
 
 @contextmanager
 def split_model(
-    path: str, endpoint: str | None, *, placement: str, dtype: str, wire_dtype: str, threads: int | None
+    path: str,
+    endpoint: str | None,
+    *,
+    placement: str,
+    dtype: str,
+    wire_dtype: str,
+    threads: int | None,
+    perf_log: str | None = None,
 ) -> Iterator[PreTrainedModel]:
     """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out."""
     chosen = get_placement(placement)
+    if perf_log is not None and not chosen.needs_server:
+        raise ConfigError(f"--perf-log has nothing to log with placement {placement}; leave one of them out")
     where = endpoint or config.default_endpoint()
     config.parse_endpoint(where)
     with status("loading torch and transformers") as tell:
@@ -80,6 +89,8 @@ def split_model(
             torch.set_num_threads(threads)
         tell(f"connecting to {where}" if chosen.needs_server else f"loading {path}")
         options: dict[str, Any] = {"connect_timeout": _CONNECT_TIMEOUT_S} if chosen.needs_server else {}
+        if perf_log is not None:
+            options["perf_log"] = perf_log
         model = from_pretrained(path, where, chosen, wire_dtype, dtype, **options)
     try:
         yield model

@@ -6,7 +6,9 @@ tensors, exact shapes and dtype) before any of it is used, and what does not fit
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from .fused_requests import FusedRequests, KvSequence
 from .in_flight import InFlight
 from .in_place import InPlace
 from .model_info import InitInfo
+from .perf_log import PerfLog, model_facts, transport_fact
 from .protocol import FLOAT_DTYPES, Method
 from .requests import Requests
 from .submitting import Submitter
@@ -36,7 +39,7 @@ class GPUClient:
     ``endpoint``: as the server's. ``timeout``: seconds one call may take, None for ever. ``wire_dtype``: the
     dtype of activations on the wire, ``auto`` (the served model's), ``float32``, ``bfloat16`` or ``float16``.
     ``wait``: how to wait for a reply, see :func:`connect`. ``max_in_flight``: how many requests may be under way
-    at once.
+    at once. ``perf_log``: a file to write a row per round trip to, see :mod:`tsqp.perf_log`.
 
     Inputs are cast to the wire dtype before they are sent; the server computes in its model's dtype and
     rounds the result to the wire dtype; results come back in the caller's dtype. Each rounding has a relative
@@ -72,6 +75,7 @@ class GPUClient:
         large: str = "tile",
         protection: Protection | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
+        perf_log: str | os.PathLike[str] | None = None,
     ) -> None:
         if wire_dtype != "auto" and wire_dtype not in FLOAT_DTYPES:
             raise ConfigError(f"wire_dtype {wire_dtype!r} is unknown; give auto, {', '.join(FLOAT_DTYPES)}")
@@ -94,6 +98,27 @@ class GPUClient:
         self.submit = Submitter(self._requests, self._flight, self.fused)
         #: Calls whose tensors are read and written in their slots, see :class:`InPlace`.
         self.in_place = InPlace(self._requests, self._flight)
+        #: The performance log, None without.
+        self.perf_log: PerfLog | None = None
+        if perf_log is not None:
+            self._log_to(perf_log, max_in_flight)
+
+    def _log_to(self, path: str | os.PathLike[str], max_in_flight: int) -> None:
+        channel, requests = self._channel, self._requests
+        try:
+            log = PerfLog(
+                path,
+                lambda: model_facts(requests.info),
+                max_in_flight,
+                transport=transport_fact(channel.transport),
+                endpoint=self.endpoint,
+            )
+        except BaseException:
+            channel.close()
+            raise
+        self.perf_log, self._flight.round_trip_log = log, log.round_trips
+        channel.measure(log.round_trips)
+        weakref.finalize(self, log.close)  # of a client that is dropped, or lives until the interpreter ends
 
     # --- calls ---------------------------------------------------------------------------------------------
 
@@ -283,6 +308,8 @@ class GPUClient:
         """
         self._channel.close()
         self._flight.close()
+        if self.perf_log is not None:
+            self.perf_log.close()
 
     def __enter__(self) -> GPUClient:
         return self

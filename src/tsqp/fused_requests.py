@@ -184,6 +184,7 @@ class FusedRequests:
     def _site(self, method: Method, layer: int) -> Site:
         meta = {"layer": layer} if method is Method.FUSED_MLP else None
         site = self._sites[method, layer] = self._requests.site((method, layer), method, meta)
+        site.layer = layer
         return site
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import _perf
 from ._message import deadline_ns, give_up
 from ._ring import Ring
 from .choosing import RING, TILE, ZMQ, Chooser
@@ -22,6 +23,7 @@ Fields = tuple[int, int, int, int, int, int, int, int]
 TILE_BYTES = 1 << 20
 #: How long a flush that must not block waits for a reader that keeps up.
 PATIENCE_S = 0.001
+_WAYS = {RING: _perf.RING, ZMQ: _perf.ZMQ, TILE: _perf.TILES}
 
 
 class Sender:
@@ -30,6 +32,8 @@ class Sender:
 
     def __init__(self, channel: Channel, link: Link, chooser: Chooser) -> None:
         self.zmq_count = self.zmq_bytes = 0
+        #: Nanoseconds spent waiting for slots, or in ZeroMQ's send; and what carried the last message (see _perf).
+        self.waited_ns = self.way = 0
         self._channel, self._link = channel, link
         self._codec, self._ring = channel._encoder, channel._tx
         ring = self._ring
@@ -54,6 +58,7 @@ class Sender:
         total = self._codec.plan(tensors, meta, *fields, wire)
         carrier = self._carrier(total)
         begin = time.perf_counter_ns() if self.chooser.learns else 0
+        self.way = _WAYS[carrier] if self._ring is not None else _WAYS[ZMQ]
         if carrier == RING and self._ring is not None:
             self._codec.write(self._ring, meta, deadline)
             self._count_ring(total)
@@ -108,7 +113,7 @@ class Sender:
         try:
             while tail.at < tail.nbytes:
                 if waits and not ring.ready():
-                    self._channel._make_room(deadline)
+                    self._make_room(deadline)
                 nbytes = min(self._tile_bytes, tail.nbytes - tail.at)
                 self._codec.write_tile(ring, tail.at, nbytes, deadline if waits else deadline_ns(PATIENCE_S))
                 tail.at += nbytes
@@ -135,23 +140,30 @@ class Sender:
         if self._tail is not None:
             self.flush(deadline)
         if not ring.ready():
-            self._channel._make_room(deadline)
+            self._make_room(deadline)
         if self._broken_off:
             give_up(ring, deadline)
             self._broken_off = False
             self._channel.direct_send = True
             if not ring.ready():
-                self._channel._make_room(deadline)
+                self._make_room(deadline)
+
+    def _make_room(self, deadline: int) -> None:
+        begin_ns = time.monotonic_ns()
+        self._channel._make_room(deadline)
+        self.waited_ns += time.monotonic_ns() - begin_ns
 
     def _send_link(self, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
         head = self._codec.head_bytes(meta)
         frames = self._codec.as_they_travel(tensors)
         sequence = self._sequence
         self._sequence += 1
+        begin_ns = time.monotonic_ns()
         if self._ring is not None:
             self._codec.announce(self._ring, deadline).publish(sequence)
         self._channel.link_used = True
         self._link.send(head, frames, sequence, deadline / 1e9, transfer)
+        self.waited_ns += time.monotonic_ns() - begin_ns
 
 
 class _Tail:

@@ -31,7 +31,7 @@ from .timing import Clock
 #: The attribute of a split model that holds its :class:`Attachment`.
 _ATTRIBUTE = "tsqp_attachment"
 _LAYER_NAME = re.compile(r"(.+?)\.(\d+)\.(.+)")
-_CLIENT_OPTIONS = ("connect_timeout", "wait")
+_CLIENT_OPTIONS = ("connect_timeout", "wait", "perf_log")
 _OPTIONS = ("attn_implementation", "tile_bytes", "mlp_tile_bytes", *_CLIENT_OPTIONS)
 
 
@@ -51,9 +51,9 @@ def from_pretrained(
     server. ``client`` is one to use (and to leave open), else one is connected to ``endpoint`` with
     ``wire_dtype`` and ``timeout`` seconds per call, and closed by ``model.close()``. ``dtype`` is what the
     runner computes in; ``auto`` is the server's. ``options``: ``attn_implementation`` (of a placement that
-    leaves attention in the runner), ``connect_timeout``, ``wait``, ``tile_bytes`` and ``mlp_tile_bytes`` (the
-    attention of ``ops``, and gated MLPs, are worked on in row tiles of so many bytes where a prompt is long, so that
-    server and runner overlap; ``auto`` measures, 0 does without). With placement
+    leaves attention in the runner), ``connect_timeout``, ``wait``, ``perf_log``, ``tile_bytes`` and
+    ``mlp_tile_bytes`` (the attention of ``ops``, and gated MLPs, are worked on in row tiles of so many bytes where a
+    prompt is long, so that server and runner overlap; ``auto`` measures, 0 does without). With placement
     ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
 
     Logits equal the stock model's to 1e-4 of the largest one in float32; a bfloat16 or float16 model is as
@@ -251,12 +251,22 @@ def _install(
         if placement.attention == "server":
             _split_attention(attachment, info)
         instrument(model, attachment)
+        _log_forwards(attachment)
         _announce(attachment)
     except BaseException:
         attachment.owns_client = False  # its owner is still waiting for this call
         attachment.undo()
         raise
     return model
+
+
+def _log_forwards(attachment: Attachment) -> None:
+    """Lets the client's performance log, if it has one, know whose forward a round trip belongs to."""
+    log = attachment.client.perf_log
+    if log is not None:
+        began, ended = log.forward_hooks(attachment.placement.name)
+        attachment.hook(attachment.model.register_forward_pre_hook(began))
+        attachment.hook(attachment.model.register_forward_hook(ended))
 
 
 def _announce(attachment: Attachment) -> None:

@@ -22,6 +22,7 @@ UNITS = (
     "test_copy",
     "test_forecast",
     "test_kernels",
+    "test_perf",
     "test_pool",
     "test_segment",
     "test_processes",
