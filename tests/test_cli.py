@@ -44,6 +44,7 @@ COMMANDS = {
     "health": ("--endpoint", "--timeout", "--json"),
     "doctor": ("--no-echo", "--json"),
     "top": ("--endpoint", "--interval", "--once", "--json"),
+    "analyze": ("LOG...", "--compare", "--top", "--json", "--csv"),
 }
 PROMPT = "And the king said unto"
 

@@ -1,5 +1,5 @@
 """The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
-``top``, ``doctor``, ``clean``, ``bench``.
+``top``, ``doctor``, ``analyze``, ``clean``, ``bench``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
@@ -35,7 +35,7 @@ from .cli_parts import (
     split_model,
     status,
 )
-from .errors import TsqpError
+from .errors import ConfigError, TsqpError
 from .placement import get_placement
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -286,6 +286,34 @@ def doctor(*, echo: options.Echo = True, json: options.Json = False) -> None:
                 print_finding(console, finding)
     print(dumps(as_json(found)) if json else summary(found))
     raise typer.Exit(EXIT_OK if healthy(found) else EXIT_ERROR)
+
+
+@app.command(epilog="Example: [bold]tsqp analyze --compare before.log after.log[/]")
+def analyze(
+    *,
+    logs: options.Logs,
+    compare: options.Compare = False,
+    top: options.Top = 10,
+    json: options.Json = False,
+    csv: options.Csv = False,
+) -> None:
+    """Says where the time went, from performance logs (--perf-log): by stage, method and layer, and what to try.
+
+    Reads tables, CSV and JSON Lines, and the ten-column text log of the old system. Several logs count together.
+    """
+    from .analyze_show import print_comparison, print_figures
+    from .perf_read import read_log
+
+    if compare and len(logs) != 2:
+        raise ConfigError(f"--compare takes two logs, before and after, and {len(logs)} were given; give two")
+    if json and csv:
+        raise ConfigError("--json and --csv are two formats; give one of them")
+    kind = "json" if json else "csv" if csv else "tables"
+    read = [read_log(log) for log in logs]
+    if compare:
+        print_comparison(read[0], read[1], kind)
+    else:
+        print_figures(read, top, kind)
 
 
 @app.command(epilog="Example: [bold]tsqp clean --yes[/]")

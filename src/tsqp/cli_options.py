@@ -156,3 +156,7 @@ Echo = Annotated[bool, typer.Option(help="Send tensors through a ring for a seco
 Interval = Annotated[float, typer.Option(min=0.05, max=86400, metavar="SECONDS", help="Time between two looks.")]
 Once = Annotated[bool, typer.Option("--once", help="Show one interval and leave.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one line of JSON per interval instead.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead.")]
+Logs = Annotated[list[str], typer.Argument(metavar="LOG...", show_default=False, help="Files of --perf-log.")]
+Compare = Annotated[bool, typer.Option("--compare", help="Two logs: the first is before, the second after.")]
+Top = Annotated[int, typer.Option(min=1, metavar="N", help="How many of the slowest and largest calls are listed.")]
