@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import serving, short_directory, tsqp, tsqp_here
 from test_cli import assert_only_sentence
 
+from tsqp import from_pretrained
 from tsqp.analyze import analyze
 from tsqp.analyze_rules import recommend
 from tsqp.errors import ConfigError
@@ -41,14 +43,16 @@ Average: 5.2 ms
 
 @pytest.fixture(scope="module")
 def logs() -> Iterator[dict[str, Path]]:
-    """Logs of the embedded model, of ``tsqp generate`` with a real server: a table, CSV and JSON Lines."""
+    """Logs of the embedded model and a real server: a table of ``tsqp generate``, CSV and JSON Lines of the library."""
     with short_directory() as directory, serving(directory) as served:
-        made = {}
-        for name, placement in (("table.log", "ops"), ("rows.csv", "linear"), ("rows.jsonl", "fused")):
-            made[name] = directory / name
-            options = ("--max-new-tokens", "4", "--placement", placement, "--perf-log", str(made[name]))
-            done = tsqp("generate", "--prompt", "And the king", "--endpoint", served.endpoint, *options)
-            assert done.code == 0, done.err
+        made = {name: directory / name for name in ("table.log", "rows.csv", "rows.jsonl")}
+        options = ("--max-new-tokens", "4", "--perf-log", str(made["table.log"]))
+        done = tsqp("generate", "--prompt", "And the king", "--endpoint", served.endpoint, *options)
+        assert done.code == 0, done.err
+        for name, placement in (("rows.csv", "linear"), ("rows.jsonl", "fused")):
+            model = from_pretrained(endpoint=served.endpoint, placement=placement, perf_log=made[name])
+            model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False)
+            model.close()
         yield made
 
 

@@ -36,6 +36,8 @@ ROUNDED_MS = 0.5e-4 * 4 + 1e-9
 @pytest.fixture(scope="module")
 def server() -> Iterator[GPUServer]:
     with short_directory() as directory, serving_tiny(tiny_model(), directory) as served:
+        with client_of(served) as client:
+            client.ping()  # now every thread of the server is up
         yield served
 
 
@@ -261,19 +263,19 @@ def test_two_clients_do_not_write_one_log(server: GPUServer, tmp_path: Path) -> 
 def test_a_full_disk_ends_the_log_not_the_calls(
     server: GPUServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, full = os.write, threading.Event()
+    real, full = os.write, set[int]()
 
     def write(file: int, data: Any) -> int:
-        if full.is_set():
+        if file in full:
             raise OSError(28, "No space left on device")
         return real(file, data)
 
-    monkeypatch.setattr(perf_log.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     with client_of(server, perf_log=tmp_path / "a.log") as client:
         client.ping()
-        full.set()
         log = client.perf_log
         assert log is not None
+        full.add(log._file)
         wait_for(lambda: client.ping() > 0 and log.failure, "the failure")
         client.ping()
         assert not log.round_trips.enabled
@@ -344,6 +346,30 @@ def test_a_forked_child_leaves_the_log_alone(server: GPUServer, tmp_path: Path) 
     assert [row.id for row in log.rows] == [1, 2]
     assert log.complete
     assert path.read_text().count("SUMMARY") == 1
+
+
+@pytest.mark.watchdog(120)
+def test_the_cost_is_measured(tmp_path: Path) -> None:
+    kept = tmp_path / "cost.json"
+    options = ("--rounds", "2", "--sizes", "tiny", "--json", str(kept))
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.perf_log_cost", *options],
+        cwd=Path(__file__).parent.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(kept.read_text())
+    assert set(found["parts"]) == {"decode step, tiny", "round trip"}
+    assert found["parts"]["decode step, tiny"]["round_trips"] == 6 * 2 + 2
+    for part in found["parts"].values():
+        low, high = part["on"]["ratio_95"]
+        assert 0 < low <= part["on"]["ratio"] <= high
+    assert found["row_ns"]["note"] > 0
+    assert found["row_ns"]["line"] > 0
 
 
 # --- as a user --------------------------------------------------------------------------------------------------

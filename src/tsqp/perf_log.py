@@ -138,7 +138,7 @@ class PerfLog:
         self.path, self.format = os.fspath(path), format_of(path)
         #: Why logging ended early; empty while it goes on.
         self.failure = ""
-        self.round_trips = _STYLES[self.format](window)
+        self.round_trips = in_style(self.format, window)
         self._facts, self._told = facts, dict[str, str]()
         self._pid = os.getpid()
         self._file = _open(self.path)
@@ -358,3 +358,8 @@ def _jsonl(window: int) -> RoundTrips:
 
 
 _STYLES: dict[str, Callable[[int], RoundTrips]] = {TABLE: _table, CSV: _csv, JSONL: _jsonl}
+
+
+def in_style(name: str, window: int) -> RoundTrips:
+    """Where round trips are noted, with lines as in a ``table``, ``csv`` or ``jsonl`` file."""
+    return _STYLES[name](window)
