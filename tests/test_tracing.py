@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from models import logits, make_model, serving, token_ids
+from trace_format import check_trace
 
 from tsqp.protocol import Method
 from tsqp.split import from_pretrained
@@ -18,32 +19,9 @@ def spans(events: list[dict[str, Any]], lane: str) -> list[dict[str, Any]]:
     return [event for event in events if event["ph"] == "X" and event["tid"] == LANES[lane]]
 
 
-def check_format(content: dict[str, Any]) -> None:
-    """The rules of the Trace Event Format for the kinds of events used."""
-    assert content["displayTimeUnit"] in ("ms", "ns")
-    named, under_way = {}, {}
-    for event in content["traceEvents"]:
-        assert {"name", "ph", "pid", "tid"} <= set(event)
-        assert isinstance(event["name"], str)
-        assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
-        if event["ph"] == "M":
-            assert event["name"] == "thread_name"
-            named[event["tid"]] = event["args"]["name"]
-            continue
-        assert event["tid"] in named
-        assert event["ts"] >= 0
-        if event["ph"] == "X":
-            assert event["dur"] >= 0
-        elif event["ph"] == "b":
-            assert event["id"] not in under_way
-            under_way[event["id"]] = event
-        else:
-            assert event["ph"] == "e"
-            begin = under_way.pop(event["id"])
-            assert (begin["name"], begin["cat"]) == (event["name"], event["cat"])
-            assert begin["ts"] <= event["ts"]
-    assert not under_way
+def check_lanes(content: dict[str, Any]) -> None:
+    check_trace(content)
+    named = {event["tid"]: event["args"]["name"] for event in content["traceEvents"] if event["ph"] == "M"}
     assert named == {number: lane for lane, number in LANES.items()}
 
 
@@ -68,7 +46,7 @@ def test_a_forwards_trace(placement: str, tmp_path: Path) -> None:
         split.close()
     recorder.save(tmp_path / "trace.json")
     content = json.loads((tmp_path / "trace.json").read_text())
-    check_format(content)
+    check_lanes(content)
     events = content["traceEvents"]
     assert len(spans(events, SERVER)) == calls
     assert sum(event["ph"] == "b" and event["tid"] == LANES[WIRE] for event in events) == calls
@@ -85,11 +63,11 @@ def test_a_forwards_trace(placement: str, tmp_path: Path) -> None:
 def test_computations_do_not_overlap_and_stay_in_their_calls() -> None:
     recorder = Recorder()
     scores = int(Method.ATTENTION_SCORES)
-    recorder.call(scores, 1000, 6000, 2000, 500)
-    recorder.call(scores, 1500, 8000, 2000, 0)  # waits for the first
+    recorder.call(scores, 1000, 6000, 2000, 500)  # 1250 there, 500 in the queue, 1250 back
+    recorder.call(scores, 1500, 7000, 2000, 0)  # waits for the first
     recorder.call(scores, 9000, 9500, 500, 400)  # claims more than there was
     server = spans(recorder.events(), SERVER)
-    assert [(event["ts"], event["dur"]) for event in server] == [(0.5, 2.0), (2.5, 2.0), (8.0, 0.5)]
+    assert [(event["ts"], event["dur"]) for event in server] == [(1.75, 2.0), (3.75, 2.0), (8.0, 0.5)]
     assert {event["name"] for event in server} == {"AttentionScores"}
 
 
@@ -103,4 +81,4 @@ def test_what_is_too_much_is_counted() -> None:
 
 def test_nothing_recorded_is_a_valid_file(tmp_path: Path) -> None:
     Recorder().save(tmp_path / "empty.json")
-    check_format(json.loads((tmp_path / "empty.json").read_text()))
+    check_lanes(json.loads((tmp_path / "empty.json").read_text()))

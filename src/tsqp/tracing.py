@@ -7,8 +7,8 @@
     recorder.save("trace.json")
 
 All times are the runner's own clock. What the server does is known from the durations in its replies, which it may
-choose as it likes: a computation is drawn as early as its request, its time in the queue, and the computation before
-it allow, and never outside its call.
+choose as it likes: :func:`tsqp.server_times.place_computations` says where a computation is drawn, which is never
+outside its call. The file says so too. ``tsqp analyze --trace`` makes such a file from a performance log.
 
 The file is the JSON object format of the Trace Event Format (Google, "Trace Event Format", 2016).
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .protocol import METHOD_NAMES
+from .server_times import ASSUMPTION, Flight, place_computations
 
 #: The lanes, from top to bottom, and their thread ids in the file.
 RUNNER, WIRE, SERVER = "runner", "wire", "server"
@@ -68,13 +69,11 @@ class Recorder:
         origin = min(begins, default=0)
         events = [_lane_name(lane, number) for lane, number in LANES.items()]
         events += [_complete(RUNNER, name, begin - origin, end - origin) for name, begin, end in self._spans]
-        busy_until = origin
-        for number, (method, begin, end, compute, queue) in enumerate(calls):
+        placed = place_computations([Flight(begin, end, compute, queue) for _, begin, end, compute, queue in calls])
+        for number, ((method, begin, end, _, queue), (start, stop)) in enumerate(zip(calls, placed, strict=True)):
             name = _NAMES.get(method, str(method))
             events += _flight(name, number, begin - origin, end - origin)
-            start = min(max(busy_until, begin + queue), end - compute)
-            busy_until = start + compute
-            events.append(_complete(SERVER, name, start - origin, busy_until - origin, {"queue_us": queue / 1e3}))
+            events.append(_complete(SERVER, name, start - origin, stop - origin, {"queue_us": queue / 1e3}))
         return events
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -82,7 +81,7 @@ class Recorder:
         content = {
             "traceEvents": self.events(),
             "displayTimeUnit": "ms",
-            "otherData": {"made by": "tsqp", "dropped": self.dropped},
+            "otherData": {"made by": "tsqp", "dropped": self.dropped, "server's computations": ASSUMPTION},
         }
         Path(path).write_text(json.dumps(content))
 
@@ -91,7 +90,9 @@ def _lane_name(lane: str, number: int) -> dict[str, Any]:
     return {"name": "thread_name", "ph": "M", "pid": _PID, "tid": number, "args": {"name": lane}}
 
 
-def _complete(lane: str, name: str, begin_ns: int, end_ns: int, args: dict[str, Any] | None = None) -> dict[str, Any]:
+def _complete(
+    lane: str, name: str, begin_ns: float, end_ns: float, args: dict[str, Any] | None = None
+) -> dict[str, Any]:
     event = {
         "name": name,
         "cat": lane,
