@@ -28,9 +28,8 @@ _SECTIONS = (
 )
 
 
-def print_figures(logs: Sequence[Log], top: int, kind: str) -> None:
-    """Prints the figures of ``logs`` together as ``tables``, ``json`` or ``csv``."""
-    found = analyze(logs, top)
+def print_figures(found: Analysis, kind: str) -> None:
+    """Prints the figures of logs as ``tables``, ``json`` or ``csv``."""
     if kind == "json":
         print(json.dumps(as_json(found)))
     elif kind == "csv":

@@ -37,6 +37,7 @@ from .cli_parts import (
 )
 from .errors import ConfigError, TsqpError
 from .placement import get_placement
+from .report_files import report_files
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -288,7 +289,7 @@ def doctor(*, echo: options.Echo = True, json: options.Json = False) -> None:
     raise typer.Exit(EXIT_OK if healthy(found) else EXIT_ERROR)
 
 
-@app.command(epilog="Example: [bold]tsqp analyze --compare before.log after.log[/]")
+@app.command(epilog="Example: [bold]tsqp analyze zmq_performance.log --plot report.html[/]")
 def analyze(
     *,
     logs: options.Logs,
@@ -296,11 +297,14 @@ def analyze(
     top: options.Top = 10,
     json: options.Json = False,
     csv: options.Csv = False,
+    plot: options.Plot = None,
+    forward: options.ForwardNumber = None,
 ) -> None:
     """Says where the time went, from performance logs (--perf-log): by stage, method and layer, and what to try.
 
     Reads tables, CSV and JSON Lines, and the ten-column text log of the old system. Several logs count together.
     """
+    from .analyze import analyze as figures
     from .analyze_show import print_comparison, print_figures
     from .perf_read import read_log
 
@@ -309,11 +313,14 @@ def analyze(
     if json and csv:
         raise ConfigError("--json and --csv are two formats; give one of them")
     kind = "json" if json else "csv" if csv else "tables"
+    write_files = report_files(plot, forward, compare)
     read = [read_log(log) for log in logs]
     if compare:
         print_comparison(read[0], read[1], kind)
-    else:
-        print_figures(read, top, kind)
+        return
+    found = figures(read, top)
+    write_files(read, found)
+    print_figures(found, kind)
 
 
 @app.command(epilog="Example: [bold]tsqp clean --yes[/]")

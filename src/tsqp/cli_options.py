@@ -160,3 +160,13 @@ Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead.")]
 Logs = Annotated[list[str], typer.Argument(metavar="LOG...", show_default=False, help="Files of --perf-log.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Two logs: the first is before, the second after.")]
 Top = Annotated[int, typer.Option(min=1, metavar="N", help="How many of the slowest and largest calls are listed.")]
+Plot = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", show_default=False, help="Draw a picture to FILE: .png, .svg, or .html with tables."),
+]
+ForwardNumber = Annotated[
+    int | None,
+    typer.Option(
+        "--forward", metavar="N", show_default=False, help="Whose timeline --plot draws. Default: the median decode's."
+    ),
+]
