@@ -44,7 +44,7 @@ COMMANDS = {
     "health": ("--endpoint", "--timeout", "--json"),
     "doctor": ("--no-echo", "--json"),
     "top": ("--endpoint", "--interval", "--once", "--json"),
-    "analyze": ("LOG...", "--compare", "--top", "--json", "--csv"),
+    "analyze": ("LOG...", "--compare", "--top", "--json", "--csv", "--plot", "--forward", "--trace"),
 }
 PROMPT = "And the king said unto"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commands import Outcome, serving, short_directory, tsqp, tsqp_here
 from report_logs import made_log, made_row, old_log, real_log
+from trace_format import check_trace
 
 pytest.importorskip("matplotlib")
 
@@ -69,20 +70,22 @@ def check_page(text: str) -> Page:
 
 
 @pytest.mark.watchdog(180)
-def test_from_a_served_model_to_a_page() -> None:
+def test_from_a_served_model_to_a_page_and_a_trace() -> None:
     with short_directory() as directory:
-        log, page = str(directory / "a.log"), str(directory / "report.html")
+        log, page, trace = (str(directory / name) for name in ("a.log", "report.html", "trace.json"))
         with serving(directory) as served:
             generate = ("generate", "--prompt", "And the king said unto them", "--max-new-tokens", "4")
             done = tsqp(*generate, "--placement", "fused", "--perf-log", log, "--endpoint", served.endpoint)
             assert done.code == 0, done.err
-        done = tsqp("analyze", log, "--plot", page)
+        done = tsqp("analyze", log, "--plot", page, "--trace", trace)
         assert done.code == 0, done.err
         assert f"wrote {page}" in done.err
+        assert f"wrote {trace}" in done.err
         assert "FusedAttention" in done.out
         found = check_page(Path(page).read_text())
         assert "svg" in found.tags
         assert {"Calls by method", "FusedAttention", "FusedMLP", "p99 (ms)"} <= set(found.words.splitlines())
+        check_trace(json.loads(Path(trace).read_text()))
 
 
 # --- the files --------------------------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def doctor(*, echo: options.Echo = True, json: options.Json = False) -> None:
     raise typer.Exit(EXIT_OK if healthy(found) else EXIT_ERROR)
 
 
-@app.command(epilog="Example: [bold]tsqp analyze zmq_performance.log --plot report.html[/]")
+@app.command(epilog="Example: [bold]tsqp analyze zmq_performance.log --plot report.html --trace trace.json[/]")
 def analyze(
     *,
     logs: options.Logs,
@@ -299,6 +299,7 @@ def analyze(
     csv: options.Csv = False,
     plot: options.Plot = None,
     forward: options.ForwardNumber = None,
+    trace: options.Trace = None,
 ) -> None:
     """Says where the time went, from performance logs (--perf-log): by stage, method and layer, and what to try.
 
@@ -313,7 +314,7 @@ def analyze(
     if json and csv:
         raise ConfigError("--json and --csv are two formats; give one of them")
     kind = "json" if json else "csv" if csv else "tables"
-    write_files = report_files(plot, forward, compare)
+    write_files = report_files(plot, trace, forward, compare)
     read = [read_log(log) for log in logs]
     if compare:
         print_comparison(read[0], read[1], kind)

@@ -164,6 +164,10 @@ Plot = Annotated[
     str | None,
     typer.Option(metavar="FILE", show_default=False, help="Draw a picture to FILE: .png, .svg, or .html with tables."),
 ]
+Trace = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", show_default=False, help="Write a timeline to FILE (.json), for ui.perfetto.dev."),
+]
 ForwardNumber = Annotated[
     int | None,
     typer.Option(

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 WriteFiles = Callable[["Sequence[Log]", "Analysis"], None]
 
 
-def report_files(plot: str | None, forward: int | None, compare: bool) -> WriteFiles:
+def report_files(plot: str | None, trace: str | None, forward: int | None, compare: bool) -> WriteFiles:
     """What writes the files of the options. Raises :class:`ConfigError` where they can't be had."""
-    if compare and plot:
-        raise ConfigError("--compare makes no --plot; leave one of them out")
+    if compare and (plot or trace):
+        raise ConfigError("--compare makes neither --plot nor --trace; leave it out, and give one log")
     if forward is not None and plot is None:
         raise ConfigError("--forward says what --plot draws; give --plot too, or leave it out")
     if plot is not None:
@@ -29,14 +29,20 @@ def report_files(plot: str | None, forward: int | None, compare: bool) -> WriteF
         check_plot(plot)
 
     def write(logs: Sequence[Log], found: Analysis) -> None:
-        if plot is None:
-            return
-        if any(_same_file(plot, log.path) for log in logs):
-            raise ConfigError(f"{plot} is a log that is read; give another path to write to")
-        from .report_plots import save_plot
+        for path in filter(None, (plot, trace)):
+            if any(_same_file(path, log.path) for log in logs):
+                raise ConfigError(f"{path} is a log that is read; give another path to write to")
+        if plot is not None:
+            from .report_plots import save_plot
 
-        save_plot(logs, found, plot, forward)
-        print(f"wrote {plot}", file=sys.stderr)
+            save_plot(logs, found, plot, forward)
+            print(f"wrote {plot}", file=sys.stderr)
+        if trace is not None:
+            from .report_trace import MAX_CALLS, save_trace
+
+            count, left_out = save_trace(logs, trace)
+            more = f", without {left_out:,} (at most {MAX_CALLS:,} with a Start)" if left_out else ""
+            print(f"wrote {trace}: {count:,} calls{more}; open it in ui.perfetto.dev", file=sys.stderr)
 
     return write
 
