@@ -7,10 +7,10 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo to
 # Workers that spin after each parallel region starve the other process on a small machine (docs: tuning).
 export OMP_WAIT_POLICY ?= passive
 
-PYTHON_CODE := src tests benchmarks tools
+PYTHON_CODE := src tests benchmarks tools docs
 C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
-.PHONY: demo test test-c test-model test-fuzz lint format soak bench wheel clean
+.PHONY: demo test test-c test-model test-fuzz lint format docs soak bench wheel clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -67,6 +67,12 @@ format:
 	$(BIN)/ruff check --fix $(PYTHON_CODE)
 	$(BIN)/ruff format $(PYTHON_CODE)
 	$(BIN)/clang-format -i $(C_CODE)
+
+# The documentation site, into build/docs; a warning (a broken link, an undocumented name) is an error.
+docs: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]' --no-build-isolation \
+	  --config-settings=cmake.define.TSQP_WERROR=ON
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check 'iceoryx2>=0.8' 'matplotlib>=3.7'

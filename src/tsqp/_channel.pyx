@@ -187,9 +187,8 @@ cdef class Port:
         Args:
             specs: for each tensor a pair of shape and torch dtype, or a tensor to be like.
             timeout: seconds to wait for a free slot; None waits for ever, but notices a dead peer.
-            The others are :meth:`send`'s.
 
-        The tensors start with arbitrary contents and are valid inside the block. An exception inside it sends
+        The other arguments are :meth:`send`'s. The tensors start with arbitrary contents and are valid inside the block. An exception inside it sends
         nothing. A message that does not fit a slot, or has none, is built in private memory and sent at the end of
         the block. Other threads' sends wait meanwhile.
 
