@@ -51,8 +51,13 @@ def _option(parameter: Any) -> tuple[nodes.Node, nodes.Node]:
     return nodes.literal(text, text), nodes.Text(said)
 
 
+def _command(command: Any) -> tuple[nodes.Node, nodes.Node]:
+    said = (command.help or "").partition("\n\n")[0]
+    return nodes.literal(command.name, command.name), nodes.Text(" ".join(said.split()))
+
+
 class CommandOptions(SphinxDirective):
-    """``{command-options} NAME``: the options of one command, read from the program itself."""
+    """``{command-options} NAME``: the options of one command, or its own commands, read from the program itself."""
 
     required_arguments = 1
 
@@ -63,6 +68,8 @@ class CommandOptions(SphinxDirective):
         if command is None:
             raise self.error(f"tsqp has no command {name!r}")
         rows = [_option(parameter) for parameter in command.params if parameter.param_type_name == "option"]
+        if name != "tsqp":
+            rows += [_command(one) for one in getattr(command, "commands", {}).values()]
         return [_table(rows)]
 
 

@@ -96,7 +96,7 @@ class GPUClient:
         self.fused = FusedRequests(self._requests)
         #: The calls that do not wait, see :class:`Submitter`.
         self.submit = Submitter(self._requests, self._flight, self.fused)
-        #: Calls whose tensors are read and written in their slots, see :class:`InPlace`.
+        #: Calls whose tensors are read and written in their slots, see ``tsqp.in_place``.
         self.in_place = InPlace(self._requests, self._flight)
         #: The performance log, None without.
         self.perf_log: PerfLog | None = None

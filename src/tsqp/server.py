@@ -218,7 +218,7 @@ class GPUServer:
         }
 
     def overview(self) -> dict[str, Any]:
-        """What ``tsqp top`` and the metrics show: numbers of all clients and of each, see :mod:`tsqp.overview`."""
+        """What ``tsqp top`` and the metrics show: numbers of all clients and of each, see ``tsqp.overview``."""
         return {
             "endpoint": self.endpoint,
             "clients_seen": self._clients_seen,
