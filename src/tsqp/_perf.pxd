@@ -48,12 +48,12 @@ cdef extern from "perf.h" nogil:
 cdef struct Sent:
     uint64_t request_id, begin_ns, waited_ns, published_ns, nbytes
     uint64_t early_id, arrived_ns, taken_ns  # of a reply that was noted before its request
-    tsqp_perf_row early
     uint8_t carrier
 
 
 cdef class RoundTrips:
     cdef Sent *_sent
+    cdef tsqp_perf_row *_early  # beside _sent: replies that were noted before their request
     cdef uint64_t _sent_mask
     cdef tsqp_perf_row *_rows
     cdef uint64_t _capacity, _head, _tail

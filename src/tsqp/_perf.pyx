@@ -66,9 +66,10 @@ cdef class RoundTrips:
         if not 3 <= ms_decimals <= 6 or len(none) > 8 or len(end) > 4 or len(quote) > 1:
             raise ValueError("this is no style of a line")
         self._sent = <Sent *>calloc(slots, sizeof(Sent))
+        self._early = <tsqp_perf_row *>calloc(slots, sizeof(tsqp_perf_row))
         self._rows = <tsqp_perf_row *>malloc(capacity * sizeof(tsqp_perf_row))
         self._labels = <tsqp_perf_label *>calloc(MAX_LABELS, sizeof(tsqp_perf_label))
-        if self._sent == NULL or self._rows == NULL or self._labels == NULL:
+        if self._sent == NULL or self._early == NULL or self._rows == NULL or self._labels == NULL:
             raise MemoryError()
         self._sent_mask, self._capacity = slots - 1, capacity
         for i in range(TSQP_PERF_COLUMNS):
@@ -88,6 +89,7 @@ cdef class RoundTrips:
 
     def __dealloc__(self):
         free(self._sent)
+        free(self._early)
         free(self._rows)
         free(self._labels)
 
@@ -100,7 +102,7 @@ cdef class RoundTrips:
         sent.request_id, sent.begin_ns, sent.nbytes, sent.carrier = request_id, begin_ns, nbytes, TSQP_PERF_RING
         sent.waited_ns, sent.published_ns = now_ns - written_ns, now_ns
         if sent.early_id == request_id:
-            self._complete(sent, &sent.early, sent.arrived_ns, sent.taken_ns)
+            self._complete(sent, &self._early[request_id & self._sent_mask], sent.arrived_ns, sent.taken_ns)
 
     def note_sent(self, uint64_t request_id, uint64_t begin_ns, uint64_t waited_ns, uint64_t nbytes, uint8_t carrier):
         """A request of `nbytes` was sent just now by `carrier`; that began at `begin_ns`, and `waited_ns` of it was
@@ -110,7 +112,7 @@ cdef class RoundTrips:
         sent.published_ns = c.tsqp_now_ns()
         sent.carrier = carrier
         if sent.early_id == request_id:
-            self._complete(sent, &sent.early, sent.arrived_ns, sent.taken_ns)
+            self._complete(sent, &self._early[request_id & self._sent_mask], sent.arrived_ns, sent.taken_ns)
 
     def note(self, site, Message reply):
         """The reply to a request of `site` was taken; if not measured, it is not logged."""
@@ -129,7 +131,7 @@ cdef class RoundTrips:
             self._complete(sent, &row, reply.arrived_ns, reply.taken_ns)
         else:  # the thread that sent it has not got here yet
             sent.early_id, sent.arrived_ns, sent.taken_ns = reply.request_id, reply.arrived_ns, reply.taken_ns
-            sent.early = row
+            self._early[reply.request_id & self._sent_mask] = row
 
     cdef void _complete(self, Sent *sent, tsqp_perf_row *reply, uint64_t arrived_ns, uint64_t taken_ns) noexcept:
         """Adds the row of a request and its reply."""
@@ -207,6 +209,8 @@ cdef class RoundTrips:
                 used = tsqp_perf_format(&self._rows[first], count, &self._style, &names, text)
                 tsqp_perf_add(&self._totals, &self._rows[first], count)
             self._tail += count
+            if self._tail == self._head:
+                self._tail = self._head = 0  # the memory that was just used is still in the caches
             return PyBytes_FromStringAndSize(text, <Py_ssize_t>used)
         finally:
             free(text)
