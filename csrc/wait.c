@@ -32,8 +32,8 @@
 /* How long an expected answer is looked for: a share of what it takes, within these bounds and spin_max. */
 #define WINDOW_SHARE 8
 #define WINDOW_MIN_NS UINT64_C(200000)
-#define MISSES 3                    /* that halve it */
-#define CROWDED_NS UINT64_C(500000) /* the peer's own threads are done with the core before */
+#define MISSES 3                   /* that halve it */
+#define CROWDED_NS UINT64_C(50000) /* a core that nothing else wants comes back at once */
 #define CROWDED_SKIPS 63
 #define LATE_NS UINT64_C(100000) /* what a sleep is thought to be late before one was measured */
 
@@ -295,8 +295,8 @@ static uint64_t target_of(const struct tsqp_waiter *waiter, const struct tsqp_fo
     return forecast->begin_ns + (mean > before ? mean - before : 0);
 }
 
-/* Where others want the core, who yields gives it away for milliseconds, and who sleeps gets it when it is
- * woken: there answers are slept for, all but one in ever more of them. */
+/* Where others want the core, be it the peer's own second thread, being awake early takes it from them: there
+ * answers are waited for as if they were not expected, all but one in ever more of them. */
 static void note_crowd(struct tsqp_waiter *waiter, uint64_t yielded_ns) {
     if (yielded_ns < CROWDED_NS)
         waiter->crowded = 0;
@@ -314,7 +314,7 @@ static int wait_expecting(struct tsqp_waiter *waiter, const struct tsqp_watch *w
         return TSQP_OK;
     if (waiter->crowded_skips > 0) {
         waiter->crowded_skips--;
-        return block(waiter, watch, 1, until, course);
+        return wait_until(waiter, watch, 1, until, course);
     }
     if (now < target) {
         int rc = sleep_until(waiter, watch, target, until, course);
