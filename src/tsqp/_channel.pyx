@@ -299,7 +299,7 @@ cdef class Port:
         cdef Lease leased
         if lease and self._may_take():
             try:
-                if self._rx.ready() and self._rx.try_acquire(&slot):
+                if self._rx.is_ready() and self._rx.try_acquire(&slot):
                     leased = self._decoder.lease_slot(self._rx, &slot, NOW_NS)
                     if self._whole(leased.message):
                         return leased
@@ -311,14 +311,14 @@ cdef class Port:
     def poll(self):
         """True if there is something to receive (perhaps only a part of a message), room for the rest of a large
         message that was given away, or the peer is gone."""
-        if self.direct_receive and not self.flush_due and not self._closed and self._rx.ready():
+        if self.direct_receive and not self.flush_due and not self._closed and self._rx.is_ready():
             return True
         return self._poll_slow()
 
     def can_send(self, Py_ssize_t n=1):
         """True if `n` messages could be sent now without waiting for the peer to read, or the peer is gone, so that
         waiting would be in vain. Writes what is left of a large message given away, as far as there is room."""
-        if n == 1 and self.direct_send and not self._closed and not self.link_used and self._tx.ready():
+        if n == 1 and self.direct_send and not self._closed and not self.link_used and self._tx.is_ready():
             return True
         return self._can_send_slow(n)
 

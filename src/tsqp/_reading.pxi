@@ -144,7 +144,7 @@ cdef class Decoder(Scratch):
         cdef c.tsqp_slot slot
         if deadline_ns != 0:
             ring.acquire(&slot, deadline_ns)
-        elif not ring.ready() or not ring.try_acquire(&slot):
+        elif not ring.is_ready() or not ring.try_acquire(&slot):
             return None
         return self.lease_slot(ring, &slot, deadline_ns)
 

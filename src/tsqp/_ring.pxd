@@ -31,7 +31,7 @@ cdef class Ring:
     cdef int wait_slice(self, tsqp_watch *watch, uint64_t deadline_ns, tsqp_forecast *forecast) except -1
     cdef int fill_wait(self, tsqp_slot *slot, uint64_t upto, uint64_t deadline_ns) except -1
     cdef int check_peer(self) except -1
-    cdef bint has_message(self)
+    cdef int is_ready(self) except -1
 
 
 cdef class Doorbell:

@@ -217,13 +217,10 @@ cdef class Ring:
             reason = self.liveness()
         if reason is None or c.tsqp_segment_peer_closed(self.segment.ptr):
             return 0
-        if not self.is_producer and self.has_message():
+        if not self.is_producer and c.tsqp_ring_ready(self.ptr):
             return 0  # what the dead peer published before is still delivered
         peer = "attached end" if self.segment.is_creator else "creating end"
         raise e.PeerDiedError(f"the {peer} of {self.segment.name} died: {reason}")
-
-    cdef bint has_message(self):
-        return c.tsqp_ring_ready(self.ptr)
 
     def _timeout_text(self):
         what = "a free slot" if self.is_producer else "a message"
@@ -241,10 +238,13 @@ cdef class Ring:
         self.segment.usable()
         return c.tsqp_ring_unread_slots(self.ptr)
 
-    def ready(self):
-        """True if a whole message waits (consumer), a slot is free (producer), or the peer closed."""
+    cdef int is_ready(self) except -1:
         self.segment.usable()
         return c.tsqp_ring_ready(self.ptr) or c.tsqp_segment_peer_closed(self.segment.ptr)
+
+    def ready(self):
+        """True if a whole message waits (consumer), a slot is free (producer), or the peer closed."""
+        return self.is_ready() != 0
 
     def close(self):
         """Ends this end's use of the ring and wakes the peer. The segment's closed word is the segment's."""

@@ -30,7 +30,7 @@ cdef class Watcher:
             if port._closed:
                 continue
             if port.direct_receive and not port.flush_due:
-                if port._rx.ready() or (closer and port._poll_slow()):
+                if port._rx.is_ready() or (closer and port._poll_slow()):
                     found.append(port)
             elif port._poll_slow():
                 found.append(port)
