@@ -36,6 +36,8 @@ struct tsqp_ring {
     uint64_t stride;
     uint64_t chunk_bytes;
     uint64_t next; /* producer: next to publish; consumer: next to acquire */
+    /* Its entry and lap: a server looks at all its rings for every message, and a division takes longer. */
+    uint64_t place, even;
     enum tsqp_role role;
     struct tsqp_waiter waiter;
     /* producer */
@@ -54,6 +56,12 @@ struct tsqp_ring {
 
 static uint64_t lap_even(const struct tsqp_ring *ring, uint64_t k) {
     return 2 * (k / ring->count);
+}
+
+static void move_to(struct tsqp_ring *ring, uint64_t k) {
+    ring->next = k;
+    ring->place = k % ring->count;
+    ring->even = lap_even(ring, k);
 }
 
 static struct tsqp_entry *entry_at(const struct tsqp_ring *ring, uint64_t k) {
@@ -113,11 +121,11 @@ static uint64_t *peer_closed_word(const struct tsqp_ring *ring) {
 }
 
 struct tsqp_watch tsqp_ring_watch(struct tsqp_ring *ring) {
-    struct tsqp_entry *entry = entry_at(ring, ring->next);
-    uint64_t even = lap_even(ring, ring->next);
+    struct tsqp_entry *entry = &ring->entries[ring->place];
+    uint64_t even = ring->even;
     uint64_t *closed = peer_closed_word(ring);
     if (ring->role == TSQP_CONSUMER) {
-        bool leased = ring->leased[ring->next % ring->count] != 0;
+        bool leased = ring->leased[ring->place] != 0;
         if (!leased && tsqp_load_acquire(&entry->seq) == even + 1) {
             uint64_t filled = tsqp_load_acquire(&entry->filled);
             if (filled < tsqp_load_relaxed(&entry->nbytes))
@@ -204,8 +212,8 @@ static void pace(struct tsqp_ring *ring) {
 int tsqp_ring_try_write(struct tsqp_ring *ring, struct tsqp_slot *out) {
     if (ring->role != TSQP_PRODUCER || ring->writing || ring->filling)
         return TSQP_USAGE;
-    uint64_t even = lap_even(ring, ring->next);
-    uint64_t seq = tsqp_load_acquire(&entry_at(ring, ring->next)->seq);
+    uint64_t even = ring->even;
+    uint64_t seq = tsqp_load_acquire(&ring->entries[ring->place].seq);
     if (seq != even) {
         if (seq + 1 != even)
             return TSQP_CORRUPTED;
@@ -232,19 +240,19 @@ int tsqp_ring_publish_part(struct tsqp_ring *ring, const struct tsqp_slot *slot,
                            uint64_t filled) {
     if (!ring->writing || slot->ticket != ring->next || nbytes > ring->chunk_bytes || filled > nbytes)
         return TSQP_USAGE;
-    struct tsqp_entry *entry = entry_at(ring, ring->next);
+    struct tsqp_entry *entry = &ring->entries[ring->place];
     tsqp_store_relaxed(&entry->slot, ring->write_slot);
     tsqp_store_relaxed(&entry->nbytes, nbytes);
     tsqp_store_relaxed(&entry->filled, filled);
-    ring->entry_slot[ring->next % ring->count] = ring->write_slot;
+    ring->entry_slot[ring->place] = ring->write_slot;
     ring->last_nbytes = nbytes;
     ring->writing = false;
     ring->filling = filled < nbytes ? nbytes : 0;
     /* SYNC: pairs with the consumer's acquire of seq in tsqp_ring_try_read; slot, nbytes, filled and the
      * bytes it counts are before it. */
-    tsqp_publish(&entry->seq, lap_even(ring, ring->next) + 1);
+    tsqp_publish(&entry->seq, ring->even + 1);
     tsqp_wake(&entry->seq, &entry->consumer_waiting, ring->waiter.futex);
-    ring->next++;
+    move_to(ring, ring->next + 1);
     return TSQP_OK;
 }
 
@@ -283,7 +291,7 @@ bool tsqp_ring_ready(struct tsqp_ring *ring) {
         return false;
     /* A word that changed since it was looked at may still mean a message in part. */
     watch = tsqp_ring_watch(ring);
-    return watch.word == &entry_at(ring, ring->next)->seq;
+    return watch.word == &ring->entries[ring->place].seq;
 }
 
 /* How many entries from the next one on have the word they have `lead` steps into their lap. */
@@ -308,11 +316,11 @@ uint64_t tsqp_ring_unread_slots(struct tsqp_ring *ring) {
 int tsqp_ring_try_read(struct tsqp_ring *ring, struct tsqp_slot *out) {
     if (ring->role != TSQP_CONSUMER)
         return TSQP_USAGE;
-    uint64_t i = ring->next % ring->count;
+    uint64_t i = ring->place;
     if (ring->leased[i])
         return TSQP_USAGE; /* every slot is leased; waiting would be for ever */
     struct tsqp_entry *entry = &ring->entries[i];
-    uint64_t even = lap_even(ring, ring->next);
+    uint64_t even = ring->even;
     uint64_t seq = tsqp_load_acquire(&entry->seq);
     if (seq == even) {
         if (!tsqp_segment_peer_closed(ring->segment))
@@ -335,7 +343,7 @@ int tsqp_ring_try_read(struct tsqp_ring *ring, struct tsqp_slot *out) {
     out->filled = filled;
     out->ticket = ring->next;
     ring->leased[i] = 1;
-    ring->next++;
+    move_to(ring, ring->next + 1);
     return TSQP_OK;
 }
 
@@ -344,7 +352,7 @@ int tsqp_ring_unread(struct tsqp_ring *ring, const struct tsqp_slot *slot) {
         !ring->leased[slot->ticket % ring->count])
         return TSQP_USAGE;
     ring->leased[slot->ticket % ring->count] = 0;
-    ring->next--;
+    move_to(ring, ring->next - 1);
     return TSQP_OK;
 }
 
@@ -399,7 +407,7 @@ void tsqp_ring_wake_peer(struct tsqp_ring *ring) {
 }
 
 void tsqp_ring_rouse(struct tsqp_ring *ring) {
-    struct tsqp_entry *entry = entry_at(ring, ring->next);
+    struct tsqp_entry *entry = &ring->entries[ring->place];
     /* A hint, so relaxed will do: the publish wakes whoever this misses. */
     if (tsqp_load_relaxed(&entry->consumer_waiting) != 0)
         tsqp_wake(&entry->seq, &entry->consumer_waiting, ring->waiter.futex);

@@ -204,6 +204,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def pytest_collection_finish() -> None:
+    peers_module.set_preload()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_by_the_run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -23,7 +23,12 @@ PATIENCE_S = 30.0
 LIFE_S = 200.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "torch", "numpy", "tsqp.listener", "tsqp.transport"])
+
+
+def set_preload() -> None:
+    """What the fork server loads when it starts. There is one for all of a process, and importing the benchmarks sets
+    what theirs wants: to be called once everything is imported."""
+    _context.set_forkserver_preload(["pytest", "torch", "numpy", "tsqp.listener", "tsqp.transport"])
 
 
 def fork_server_pid() -> int | None:
@@ -107,6 +112,7 @@ def _run(
     wire: Connection, env: Mapping[str, str], life_s: float, target: Callable[..., object], arguments: tuple[Any, ...]
 ) -> None:
     faulthandler.dump_traceback_later(life_s, exit=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the fork server does with it
     os.environ.update(env)
     try:
         target(wire, *arguments)
