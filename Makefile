@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tsqp demo
 
 test: $(VENV)/.installed test-c test-model test-fuzz
-	$(BIN)/python -m pytest -q
+	$(BIN)/python tests/run.py
 
 # The C core alone: units under ASan+UBSan, the two-thread ring stress under TSan.
 test-c: $(VENV)/.deps
