@@ -221,6 +221,14 @@ def test_a_damaged_log_gives_its_good_rows(
     assert "no summary" in tsqp_here(capsys, "analyze", str(path)).out
 
 
+def test_a_figure_beyond_belief_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "zmq_performance.log"
+    path.write_text(OLD.replace("| 8.00 ", "| 1e308 ", 1))
+    assert [row.id for row in read_log(path).rows] != [1, 2, 3, 4, 5]
+    found = json.loads(tsqp_here(capsys, "analyze", str(path), "--json").out)
+    assert found["logs"][0]["bad_lines"] == 1
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -300,6 +308,18 @@ def test_round_trips_per_token() -> None:
         (one,) = recommend(analyze([log_of(*[{**call, "placement": placement} for call in step])]))
         assert advice in one.advice
     assert rules(*[{**call, "placement": "layer"} for call in step]) == {}
+
+
+@pytest.mark.parametrize(
+    ("placement", "advice"), [("ops", "--placement fused"), ("fused", "--placement layer"), ("layer", None)]
+)
+def test_no_placement_is_advised_that_the_log_has_already(placement: str, advice: str | None) -> None:
+    call = {"recv": 6.0, "wait_ms": 6.0, "serialize": 6.0, "placement": placement}
+    found = recommend(analyze([log_of(call)]))
+    assert [one.rule for one in found] == ["copying", "waiting"]
+    for one in found:
+        named = {word.strip("(),") for word in one.advice.split("--placement ")[1:] for word in word.split()[:1]}
+        assert named == ({advice.partition(" ")[2]} if advice else set())
 
 
 def test_zeromq() -> None:

@@ -71,8 +71,18 @@ def _errors(found: Analysis) -> Iterator[Recommendation]:
         yield Recommendation("errors", measured, found.errors, 0, advice)
 
 
+def _fewer_trips(found: Analysis) -> str:
+    """The option that makes fewer round trips than the log has; empty where there is none."""
+    if found.placements == ("layer",):
+        return ""
+    return "--placement layer" if found.placements == ("fused",) else "--placement fused"
+
+
 def _copying(found: Analysis) -> Iterator[Recommendation]:
-    advice = "send fewer bytes with --wire-dtype bfloat16, or in fewer round trips with --placement fused"
+    fewer = _fewer_trips(found)
+    advice = "send fewer bytes with --wire-dtype bfloat16" + (
+        f", or in fewer round trips with {fewer}" if fewer else ""
+    )
     names = ("serialize", "deserialize")
     yield from _share(found, "copying", names, MAX_COPYING_SHARE, "Serialize and Deserialize take", advice)
 
@@ -115,8 +125,9 @@ def _next_power(nbytes: float) -> int:
 
 
 def _waiting(found: Analysis) -> Iterator[Recommendation]:
+    fewer = _fewer_trips(found)
     advice = (
-        "overlap round trips with client.submit, make fewer of them (--placement fused), and set "
+        "overlap round trips with client.submit, " + (f"make fewer of them ({fewer}), " if fewer else "") + "and set "
         "OMP_WAIT_POLICY=passive at both ends, so that idle threads do not take the cores that work"
     )
     yield from _share(found, "waiting", ("wait",), MAX_WAIT_SHARE, "Wait (the way there and back) takes", advice)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,8 @@ TABLE, CSV, JSONL = "table", "csv", "jsonl"
 MAX_LINE_BYTES = 1 << 16
 #: Lines that may stand above the titles.
 MAX_LINES_ABOVE = 1000
+#: No call takes or moves so many ms, KB or MB/s: a line that says so is no row.
+MAX_FIGURE = 1e12
 #: Bad lines of which the numbers are kept.
 MAX_BAD_NOTED = 20
 
@@ -308,7 +309,7 @@ def _number(value: Any) -> float:
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         raise TypeError("no number")
     number = float(value)
-    if not math.isfinite(number) or number < 0:
+    if not 0 <= number <= MAX_FIGURE:  # nor NaN
         raise ValueError("no duration or amount")
     return number
 
