@@ -78,11 +78,11 @@ def test_a_message_over_the_limit_is_dropped_and_the_next_arrive(pair: Pair, bac
 
 
 def test_a_sender_that_waits_for_a_slot_reads_past_one_over_the_limit(endpoint: str, background: Background) -> None:
-    """What either sends does not fit its ring: the client gets rid of it only while the server, which waits for a slot,
-    reads ahead. The refusal comes in its turn."""
+    """What either sends does not fit its ring, so each reads ahead while it waits for a slot, unless it is read for
+    already. The refusal comes in its turn."""
     with pair_over(CARRIERS["ring-tiled"], endpoint, max_message_bytes=LIMIT) as pair:
         background.start(pair.server.send, [numbered(1, LARGE * 2)], request_id=1, timeout=PATIENCE_S)
-        send_numbered(pair.client, [LIMIT + CHUNK, SMALL])
+        background.start(send_numbered, pair.client, [LIMIT + CHUNK, SMALL])
         check_numbered(pair.client.recv(PATIENCE_S), 1, LARGE * 2)
         with pytest.raises(MessageTooLargeError):
             pair.server.recv(PATIENCE_S)

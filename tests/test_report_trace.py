@@ -109,7 +109,7 @@ def test_whatever_a_log_claims_the_file_is_a_trace(tmp_path: Path, capsys: pytes
             serialize_ms=0.3 * (number % 7),
             compute_ms=[0.0, 1e8, 0.4][number % 3],
             queue_ms=[1e9, 0.0][number % 2],
-            deserialize_ms=[1e9, 0.1, 1e308][number % 3],
+            deserialize_ms=[1e9, 0.1, 1e11][number % 3],
             forward=number % 4,
             status=-5,
         )
