@@ -220,6 +220,7 @@ def test_a_client_that_floods_is_cut_off(carrier, endpoint):
 
 def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypatch, shm_directory):
     monkeypatch.setattr(hub, "HANDSHAKE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(hub, "_PLACE_S", 0.0)
     with (
         tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
         raw_dealer(listener.endpoint) as dealer,

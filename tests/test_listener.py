@@ -16,7 +16,7 @@ from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
 import tsqp
-from tsqp import segments
+from tsqp import hub, segments
 from tsqp.errors import (
     ClosedError,
     ConfigError,
@@ -168,6 +168,25 @@ def test_one_client_more_than_the_limit_is_refused_until_one_goes(carrier, endpo
             assert_works(*second)
         with client_of(listener, carrier) as third:
             assert_works(*third)
+
+
+def test_a_client_waits_a_moment_for_a_place_that_is_taken(carrier, endpoint, background, monkeypatch):
+    monkeypatch.setattr(hub, "_PLACE_S", PATIENCE_S)
+    with (
+        tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
+        ExitStack() as stack,
+    ):
+        stack.enter_context(client_of(listener, carrier))
+
+        def leave_once_another_waits() -> None:
+            while not listener._hub._hellos:
+                time.sleep(0.001)
+            stack.close()
+
+        background.start(leave_once_another_waits)
+        with client_of(listener, carrier) as second:
+            assert_works(*second)
+        background.join()
 
 
 def test_a_client_that_comes_and_goes_leaves_nothing(listener, carrier, shm_directory):

@@ -176,11 +176,11 @@ def test_a_large_log_is_drawn_in_part_and_counted_in_whole(tmp_path: Path) -> No
 
 
 def test_figures_that_cannot_be_true_are_left_out(tmp_path: Path) -> None:
-    report = made(tmp_path, made_row(0), made_row(1, total_ms=1e308), made_row(2, start_ms=1e300))
+    report = made(tmp_path, made_row(0), made_row(1, total_ms=1e11), made_row(2, start_ms=1e11))
     assert report.bars[0].calls == 1
     assert any("can't be true: 2 calls." in note for note in report.notes)
     with pytest.raises(ConfigError, match="no call whose figures can be true"):
-        made(tmp_path, made_row(0, sent_kb=1e200))
+        made(tmp_path, made_row(0, sent_kb=1e11))
 
 
 def test_carriers_are_told_apart(tmp_path: Path) -> None:

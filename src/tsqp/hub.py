@@ -33,6 +33,8 @@ _RETRY_MS = 10
 #: How often file descriptors are looked after.
 _LOOK_MS = 100
 _FAREWELL_S = 0.5
+#: How long a client waits for a place, where all are taken: one that was killed just now may hold it still.
+_PLACE_S = 0.5
 #: Longer than this between two looks is not the I/O thread's own doing.
 _AWAY_S = 1.0
 #: How many messages are taken before events and the outbox are looked at again, however busy one client is.
@@ -88,7 +90,8 @@ class Hub:
         self.channels: list[Channel] = []  # in the order of connecting, which is that of their numbers
         self.failure: BaseException | None = None  # what ended the I/O thread
         self.clients: dict[bytes, _Client] = {}
-        self._hellos: dict[bytes, tuple[int, bytes]] = {}  # not answered yet: descriptor and body
+        #: Not answered yet: descriptor, body, and until when it waits for a place.
+        self._hellos: dict[bytes, tuple[int, bytes, float]] = {}
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._stop = False
@@ -218,7 +221,7 @@ class Hub:
         if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
-            self._hellos[identity] = int(parts[1].get(zmq.SRCFD)), parts[2].bytes
+            self._hellos[identity] = int(parts[1].get(zmq.SRCFD)), parts[2].bytes, time.monotonic() + _PLACE_S
         elif client is None:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
@@ -245,9 +248,12 @@ class Hub:
         answered once each connection's turn has come: whoever left holds neither a place nor the fixed name then."""
         if self._hellos:
             self._take_messages(_AT_ONCE + len(self.clients))
+        most = self._options.max_clients
         while self._hellos:
-            identity = next(iter(self._hellos))
-            fd, data = self._hellos.pop(identity)
+            identity, (fd, data, until) = next(iter(self._hellos.items()))
+            if len(self.clients) >= most >= len(self._hellos) and time.monotonic() < until:
+                return  # in the order of coming, and no more of them than there are places
+            del self._hellos[identity]
             try:
                 self._hello(identity, fd, data)
             except ProtocolError:
@@ -343,7 +349,7 @@ class Hub:
             event = recv_monitor_message(self._monitor)
             if event["event"] == zmq.EVENT_ACCEPTED:
                 continue  # the wake-up was what it is for: the descriptors were looked after
-            for identity in [identity for identity, (fd, _) in self._hellos.items() if fd == event["value"]]:
+            for identity in [identity for identity, (fd, *_) in self._hellos.items() if fd == event["value"]]:
                 del self._hellos[identity]
             gone = [client for client in self.clients.values() if client.fd == event["value"]]
             if gone:
