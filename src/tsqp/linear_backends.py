@@ -108,9 +108,12 @@ class _Chooser:
         key = (weight.shape, weight.dtype, linear.bias is None, may_pack)
         way = self._found.get(key)
         if way is None:
-            way = self._found[key] = self._fastest(linear, may_pack)
+            products = self._candidates(linear, may_pack)
+            way = self._found[key] = self._fastest(products, linear)
+        else:
+            products = working_products(linear, (way,))
         if way != TORCH:
-            product = working_products(linear, (way,)).get(way)
+            product = products.get(way)
             if product is None:
                 return TORCH
             module.call = product
@@ -118,10 +121,14 @@ class _Chooser:
             self.unused.append(linear)
         return way
 
-    def _fastest(self, linear: nn.Linear, may_pack: bool) -> str:
+    def _candidates(self, linear: nn.Linear, may_pack: bool) -> dict[str, Product]:
         if linear.weight.numel() < _SMALL and self._backend == "auto":
+            return {TORCH: torch_product(linear)}
+        return working_products(linear, (TORCH, ONEDNN, *((PACKED,) if may_pack else ())))
+
+    def _fastest(self, products: dict[str, Product], linear: nn.Linear) -> str:
+        if len(products) == 1:
             return TORCH
-        products = working_products(linear, (TORCH, ONEDNN, *((PACKED,) if may_pack else ())))
         if self._backend == "onednn":
             return next(way for way in (PACKED, ONEDNN, TORCH) if way in products)
         rows = _ROWS_OF_LARGE if linear.weight.numel() > _LARGE else _ROWS
