@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
+
+from tsqp.demo.server_process import termination_raises
 
 from . import compare
 from .arguments import plain_parser
@@ -93,7 +93,7 @@ def run(
     What a run measured before Ctrl-C, SIGTERM or a failure is kept too; ``interrupted`` in it says why it ended.
     """
     try:
-        with _termination_raises():
+        with termination_raises(Terminated):  # as Ctrl-C: servers are ended, what was measured is kept
             measure()
     except BaseException as error:
         result["interrupted"] = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -109,18 +109,3 @@ def run(
     if options.before is not None:
         compare.show(options.before, json.loads(json.dumps(result)), console)
     return 0
-
-
-@contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end the run as Ctrl-C does: servers are ended, what was measured is kept."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise Terminated(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

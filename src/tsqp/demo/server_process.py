@@ -144,11 +144,11 @@ def _signals_deferred() -> Iterator[None]:
 
 
 @contextmanager
-def termination_raises() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP raise ``SystemExit(128 + signal)``, ``finally`` blocks run."""
+def termination_raises(error: type[SystemExit] = SystemExit) -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise ``error(128 + signal)``, ``finally`` blocks run."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        raise error(128 + number)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
