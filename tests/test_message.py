@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from through import Through
+from through import WAYS
 from wire_bytes import DTYPES, HEADER, Reader, raw, reader, same_bits, tensor_of
 
-from tsqp._message import MAX_TENSORS, Message, deadline_ns
+from tsqp._message import MAX_TENSORS, deadline_ns
 from tsqp.errors import MessageError
 
-
-@pytest.fixture(scope="module")
-def through():
-    made = Through()
-    yield made
-    vars(made).clear()  # the last test's arguments outlive the fixture; its segment must not
-
-
-WAYS = ["slot", "lease", "frames"]
-
-
-@pytest.fixture(params=WAYS)
-def send(request: pytest.FixtureRequest, through: Through) -> Callable[..., Message]:
-    return getattr(through, request.param)
+pytest_plugins = ["message_fixtures"]
 
 
 # --- dtypes, shapes, layouts ----------------------------------------------------------------------------------

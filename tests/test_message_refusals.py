@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 import torch
-from through import Through
 from wire_bytes import raw
 
-from tsqp._message import FLAG_VIA_ZMQ, MAX_META_BYTES, MAX_TENSORS, Decoder, Message, pack_meta, unpack_meta
+from tsqp._message import FLAG_VIA_ZMQ, MAX_META_BYTES, MAX_TENSORS, Decoder, pack_meta, unpack_meta
 from tsqp.errors import (
     DTypeError,
     MessageError,
@@ -24,20 +22,7 @@ from tsqp.errors import (
     TruncatedMessageError,
 )
 
-
-@pytest.fixture(scope="module")
-def through():
-    made = Through()
-    yield made
-    vars(made).clear()  # the last test's arguments outlive the fixture; its segment must not
-
-
-WAYS = ["slot", "lease", "frames"]
-
-
-@pytest.fixture(params=WAYS)
-def send(request: pytest.FixtureRequest, through: Through) -> Callable[..., Message]:
-    return getattr(through, request.param)
+pytest_plugins = ["message_fixtures"]
 
 
 # --- what is refused before it is sent ------------------------------------------------------------------------

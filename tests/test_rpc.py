@@ -29,25 +29,10 @@ from tsqp.client import GPUClient
 from tsqp.errors import ClosedError, ConfigError, ConnectError
 from tsqp.protocol import FLOAT_DTYPES, AttentionGeometry, ModuleInfo
 
+pytest_plugins = ["rpc_fixtures"]
+
 #: The relative error of one rounding to each dtype.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def server(model, tmp_path):
-    with serving(model, tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with client_of(server) as connected:
-        yield connected
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

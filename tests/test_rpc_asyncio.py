@@ -20,20 +20,16 @@ from rpc_support import (
     gated_model,
     run_all,
     serving,
-    tiny_model,
     until,
 )
 
 from tsqp.client import GPUClient
 from tsqp.errors import ClosedError, PeerDiedError, RemoteError
 
+pytest_plugins = ["rpc_fixtures"]
+
 #: Rows of which neither request nor reply fits a slot.
 LARGE_ROWS = 2 * GEOMETRY["max_chunk_bytes"] // (4 * HIDDEN)
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ import tsqp
 from tsqp.errors import ClosedError, PeerDiedError, RemoteError
 from tsqp.protocol import MAX_MODULES_PER_CALL, Method, Status
 
+pytest_plugins = ["rpc_fixtures"]
+
 H = torch.zeros(2, HIDDEN)
 IDS = torch.zeros(3, dtype=torch.int64)
 Q_PROJ = {"layer": 0, "modules": ["q_proj"]}
@@ -243,11 +245,6 @@ BAD_REQUESTS = {
     "ping with a tensor": (Method.PING, [H], None, Status.BAD_REQUEST, "holds 1 tensors, expected 0"),
     "init with a tensor": (Method.INIT, [H], None, Status.BAD_REQUEST, "expected 0"),
 }
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
 
 
 @pytest.fixture

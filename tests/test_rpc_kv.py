@@ -21,6 +21,8 @@ import tsqp
 from tsqp.errors import RemoteError
 from tsqp.protocol import Method, Status
 
+pytest_plugins = ["rpc_fixtures"]
+
 
 class Reference:
     """The same in plain torch: K and V of one layer, repeated per query head when used."""
@@ -56,18 +58,6 @@ def step(client, reference, layer, tensors, **how):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     probs = torch.rand_like(expected)
     torch.testing.assert_close(client.attention_values(layer, probs), reference.values(probs), rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def server(tmp_path):
-    with serving(tiny_model(), tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with client_of(server) as connected:
-        yield connected
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -28,24 +28,9 @@ from torch import nn
 from tsqp.errors import ConfigError, RemoteError
 from tsqp.protocol import Status
 
+pytest_plugins = ["rpc_fixtures"]
+
 Q_PROJ = ["q_proj"]
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def server(model, tmp_path):
-    with serving(model, tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with client_of(server) as connected:
-        yield connected
 
 
 # --- threads

@@ -31,24 +31,9 @@ from tsqp.errors import ConfigError, RemoteError
 from tsqp.pending import PendingCall
 from tsqp.protocol import Status
 
+pytest_plugins = ["rpc_fixtures"]
+
 Q_PROJ = ["q_proj"]
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def server(model, tmp_path):
-    with serving(model, tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    with client_of(server) as connected:
-        yield connected
 
 
 # --- results

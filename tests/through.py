@@ -8,6 +8,8 @@ from tsqp._message import Decoder, Encoder, Message, deadline_ns
 from tsqp._ring import Ring, Segment
 
 FIELDS = {"tag": 0, "flags": 0, "request_id": 0, "status": 0, "site": 0, "index": 0, "compute_ns": 0, "queue_ns": 0}
+#: The names of the ways through which :class:`Through` sends.
+WAYS = ["slot", "lease", "frames"]
 
 
 class Through:
