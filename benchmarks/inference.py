@@ -164,6 +164,11 @@ def measure_all(options: argparse.Namespace, setting: Setting, result: dict[str,
     differing = inference_report.differing(result)
     if differing:
         console.print(f"The bars are promised for another setting; this run has {differing}.", highlight=False)
+    unsteady = inference_report.unsteady(result)
+    if unsteady:
+        said = f"Stock itself was not steady: {', '.join(unsteady)}; these ratios say little, measure again."
+        console.print(f"[yellow]{said}[/yellow]", highlight=False)
+    result["unsteady"] = unsteady
     result["bars"] = [bar.as_json() for bar in promises]
 
 

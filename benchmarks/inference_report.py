@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -28,6 +29,8 @@ RATIOS = {
 CUDA_MS = {"prefill": {"fused": 10.0, "layer": 7.0, "ops": 60.0}, "decode": {"fused": 4.0}}
 OVERHEAD_US = 10.0
 RING_SHARE = 0.95
+#: Stock in one process scatters by a few hundredths on a machine that has nothing else to do.
+STEADY = 0.15
 PHASES = ("prefill", "decode")
 
 
@@ -53,6 +56,24 @@ def bars(result: dict[str, Any]) -> list[Bar]:
         judge = _cuda if setting_of(result) is CUDA_SETTING else _cpu
         found += judge(dtype, run, result["options"]["tokens"])
     return found
+
+
+def unsteady(result: dict[str, Any]) -> list[str]:
+    """Where stock itself varied from round to round by more than :data:`STEADY`: a ratio to it says little there, and
+    may call a promise kept only because stock was disturbed."""
+    found = []
+    for dtype, run in result["runs"].items():
+        for key, split in run["splits"].items():
+            for phase in PHASES:
+                spread = _spread(split[phase]["stock_s"])
+                if spread > STEADY:
+                    found.append(f"{dtype} {key} {phase} (by {100 * spread:.0f}%)")
+    return found
+
+
+def _spread(seconds: list[float]) -> float:
+    """From the fastest round to the median one, as a share of the median: what disturbs only makes slower."""
+    return 1 - min(seconds) / median(seconds)
 
 
 def _phase_text(phase: str, tokens: int) -> str:

@@ -282,3 +282,13 @@ def test_a_baselines_server_says_what_it_could_not_do(address: tuple[str, Any]) 
         assert client.matmul(torch.ones(1, 2), torch.ones(2, 1)).item() == 2.0  # and goes on
     finally:
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [([1.0, 1.02, 0.99], []), ([1.0, 1.3, 1.3], ["float32 ops decode (by 23%)"]), ([1.0, 1.0, 9.0], []), ([0.5], [])],
+)
+def test_stock_that_varies_is_named(seconds, told):
+    steady = {"stock_s": [2.0, 2.1]}
+    result = {"runs": {"float32": {"splits": {"ops": {"prefill": steady, "decode": {"stock_s": seconds}}}}}}
+    assert inference_report.unsteady(result) == told
