@@ -324,18 +324,6 @@ def test_a_server_that_can_make_no_segment_refuses_with_the_reason(endpoint, mon
             assert_works(*both)
 
 
-def test_the_fixed_name_goes_to_one_client_at_a_time(endpoint):
-    carrier = CARRIERS["ring"]
-    with tsqp.listen(endpoint, **carrier.listen_options, shm_name="tsqp-fixed") as listener:
-        for _ in range(2):
-            with client_of(listener, carrier) as first, client_of(listener, carrier) as second:
-                names = [client._tx.segment.name for client in (first[0], second[0])]
-                assert names[0] == "tsqp-fixed"
-                assert names[1] != "tsqp-fixed"
-                assert_works(*first)
-                assert_works(*second)
-
-
 def test_listening_reaps_what_killed_servers_left(endpoint, start_peer, shm_directory):
     left = start_peer(peers.hold_segment)
     name = left.hear()

@@ -46,7 +46,7 @@ def echo(machine: Machine) -> Finding:
         return _inside()
     directory = short_directory()
     try:
-        with Listener(f"ipc://{directory}/echo", _SLOT_BYTES, _SLOTS, reap=False) as listener:
+        with Listener(f"ipc://{directory}/echo", _SLOT_BYTES, _SLOTS, reap=False, shm_name="") as listener:
             return _told(_with_child(listener), "another process")
     except (TsqpError, OSError) as error:
         text = " ".join(str(error).split())

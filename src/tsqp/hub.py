@@ -25,6 +25,7 @@ from .binding import bind
 from .config import Endpoint
 from .descriptors import Reserve
 from .errors import ProtocolError, SegmentError
+from .fixed_segment import FixedSegment
 from .links import ServerLink, frame_limit
 from .transport import Channel, make_channel
 
@@ -85,6 +86,7 @@ class Hub:
     def __init__(self, endpoint: Endpoint, options: HubOptions, bell: Doorbell) -> None:
         self._options, self._bell = options, bell
         self._scheme = endpoint.scheme
+        self._fixed = FixedSegment(options)
         self.accepted: deque[Channel] = deque()
         self._numbers = itertools.count()
         self.channels: list[Channel] = []  # in the order of connecting, which is that of their numbers
@@ -149,6 +151,7 @@ class Hub:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
                 self._reserve.look()
+                self._fixed.look()
                 self._drain_wake()
                 self._take_messages()
                 self._take_events()
@@ -161,6 +164,7 @@ class Hub:
             self.failure = error
             raise
         finally:
+            self._fixed.close()
             for client in list(self.clients.values()):
                 self._drop(client.identity, "the listener's I/O thread ended")
             self._release()
@@ -170,6 +174,7 @@ class Hub:
         return bool(link.reason) or link.said_bye or link.identity not in self.clients
 
     def _release(self) -> None:
+        self._fixed.close()
         if self._monitor is not None:
             self._router.disable_monitor()
             self._monitor.close(0)
@@ -271,11 +276,10 @@ class Hub:
         slot_bytes, slots = self._options.max_chunk_bytes, self._options.max_chunks
         if hello.shm and self._options.shm:
             try:
-                client.segment = Segment.create(slot_bytes, slots, 2, self._free_name())
+                segment = client.segment = self._fixed.take() or Segment.create(slot_bytes, slots, 2)
             except (SegmentError, MemoryError) as error:
                 self._say(identity, hs.REFUSE, hs.Refuse(f"the server could not make a segment: {error}"[:2000]))
                 return
-            segment = client.segment
             welcome = hs.Welcome(hs.PROTOCOL, True, futex, segment.name, segment.session, slot_bytes, slots)
         self.clients[identity] = client
         self._say(identity, hs.WELCOME, welcome)
@@ -290,16 +294,13 @@ class Hub:
             return "the server process has too few file descriptors left (ulimit -n); it serves the clients it has"
         return None
 
-    def _free_name(self) -> str | None:
-        """The fixed name, while no client uses it (an enclave's manifest lists it)."""
-        names = [c.segment.name for c in self.clients.values() if c.segment is not None]
-        return self._options.shm_name if self._options.shm_name not in names else None
-
     def _ready(self, client: _Client, data: bytes) -> None:
         ready = hs.unpack(hs.Ready, data)
         segment = client.segment if ready.shm else None
         if segment is not None and ready.native:
             segment.unlink()  # both ends have it mapped: from now on a kill leaves nothing behind
+        if segment is None or ready.native:
+            self._fixed.release(client.segment)  # an enclave that starts now finds a segment of its own
         if not client.futex:
             self._bell.set_futex(False)
         link = ServerLink(client.identity, self._post, self._options.max_inbox_bytes)
@@ -319,7 +320,7 @@ class Hub:
         link.on_event = self._bell.ring
         channel.on_close = self._closed_channel
         channel.number = next(self._numbers)
-        client.link, client.channel, client.segment = link, channel, None if segment is None else segment
+        client.link, client.channel, client.segment = link, channel, segment
         self.channels.append(channel)
         self.accepted.append(channel)
         self._bell.ring()
@@ -342,6 +343,7 @@ class Hub:
     def _forget(self, client: _Client) -> None:
         """The segment's memory goes with the last reference: the channel's, once its user closed it."""
         self.clients.pop(client.identity, None)
+        self._fixed.release(client.segment)
         client.segment = None
 
     def _take_events(self) -> None:

@@ -50,7 +50,7 @@ class Listener:
             max_chunks=max_chunks,
             max_clients=max_clients,
             shm=shm and parsed.is_loopback,
-            shm_name=shm_name or os.environ.get("TSQP_SHM_NAME") or None,
+            shm_name=(os.environ.get("TSQP_SHM_NAME") if shm_name is None else shm_name) or None,
             threshold="slot" if threshold is None else threshold,
             large=large,
             wait=wait,
@@ -72,7 +72,8 @@ class Listener:
         if options.shm:
             # Fails here, with the fix, rather than at the first client.
             segments.check_directory()
-            Segment.create(max_chunk_bytes, max_chunks, 2, options.shm_name)
+            if options.shm_name is None:  # else the hub makes that one now
+                Segment.create(max_chunk_bytes, max_chunks, 2)
         self._hub = Hub(parsed, options, self._bell)
         self._hub.owner = self
         self.endpoint = self._hub.endpoint
@@ -178,7 +179,9 @@ def listen(
         max_chunks: slots per direction and client. Default: ``TSQP_SHM_MAX_CHUNKS`` or 10.
         shm: False keeps everything on ZeroMQ; so does an endpoint beyond this host.
         max_clients: connections served at once; each takes 2 * max_chunks * max_chunk_bytes of shared memory.
-        shm_name: a fixed name for the first client's segment (``TSQP_SHM_NAME``), for an enclave's manifest.
+        shm_name: a fixed name, starting with ``tsqp``, for one segment (``TSQP_SHM_NAME``), for an enclave's manifest.
+            The file exists from now on. While an enclave uses it, other clients' segments have random names, which
+            they all have with an empty string.
         threshold: bytes from which a message of this end is large: None is the size of a slot, ``auto`` goes by
             what each carrier was seen to cost.
         large: how this end sends large messages: ``zmq``, ``tile`` (in tiles through the ring), or ``auto``, whichever

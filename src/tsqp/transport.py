@@ -14,7 +14,7 @@ from ._ring import Ring, Segment
 from .channel import Channel, close_at_exit
 from .choosing import ZMQ, Chooser, Cost, cost_of
 from .config import parse_endpoint
-from .errors import ConfigError, ConnectError, EndpointError, ProtocolError
+from .errors import ConfigError, ConnectError, EndpointError, ProtocolError, SegmentPermissionError
 from .links import MAX_FRAME_BYTES, ClientLink, Link
 from .receiving import HeldMessage
 
@@ -195,6 +195,10 @@ def _attach(welcome: hs.Welcome) -> Segment | None:
         return Segment.attach(welcome.max_chunk_bytes, welcome.max_chunks, 2, welcome.name, welcome.session)
     except FileNotFoundError:
         return None  # another mount of /dev/shm, as in a container of its own: ZeroMQ carries everything
+    except SegmentPermissionError:
+        if hs.in_gramine():
+            return None  # not the file that the manifest allows
+        raise
 
 
 __all__ = ["Channel", "HeldMessage", "close_at_exit", "connect", "make_channel"]
