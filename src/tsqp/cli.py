@@ -128,6 +128,7 @@ def generate(
     prompt: options.Prompt,
     max_new_tokens: options.MaxNewTokens = 64,
     placement: options.Placement = "ops",
+    keep_embedding: options.KeepEmbedding = False,
     model: options.Model = None,
     endpoint: options.Endpoint = None,
     sample: options.Sample = False,
@@ -154,6 +155,7 @@ def generate(
         wire_dtype=wire_dtype,
         threads=threads,
         perf_log=perf_log,
+        keep_embedding=keep_embedding,
     ) as split:
         import torch
         from transformers import TextStreamer
@@ -175,6 +177,7 @@ def prefill(
     *,
     tokens: options.Tokens = 1024,
     placement: options.Placement = "ops",
+    keep_embedding: options.KeepEmbedding = False,
     repeat: options.Repeat = 5,
     model: options.Model = None,
     endpoint: options.Endpoint = None,
@@ -197,12 +200,13 @@ def prefill(
         wire_dtype=wire_dtype,
         threads=threads,
         perf_log=perf_log,
+        keep_embedding=keep_embedding,
     ) as split:
         from .prefill import format_prefill, time_prefill
 
         with status(f"timing {repeat} prefills of {tokens} tokens"):
             runs = time_prefill(split, tokens, repeat)
-        print(format_prefill(runs, get_placement(placement)))
+        print(format_prefill(runs, split.tsqp_placement))
         if stats:
             print_runner_stats(split)
 
@@ -213,13 +217,14 @@ def demo(
     prompt: options.DemoPrompt = None,
     max_new_tokens: options.MaxNewTokens = 48,
     placement: options.Placement = "ops",
+    keep_embedding: options.KeepEmbedding = False,
 ) -> None:
     """Shows the whole system at work on the embedded model, with nothing to set up.
 
     Starts a server process, generates text with the split model, then again with stock transformers in one
     process, and compares tokens and logits. Leaves with status 1 if the tokens differ.
     """
-    chosen = get_placement(placement)
+    chosen = get_placement(placement, keep_embedding)
     from .demo import PROMPT
     from .demo.server_process import termination_raises
 

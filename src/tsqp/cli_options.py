@@ -18,6 +18,10 @@ Placement = Annotated[
         + " ".join(f"{name}: {placement.summary}." for name, placement in PLACEMENTS.items()),
     ),
 ]
+KeepEmbedding = Annotated[
+    bool,
+    typer.Option("--keep-embedding", help="Look tokens up in the runner, whatever the placement: no token id is sent."),
+]
 Model = Annotated[
     str | None,
     typer.Option(

@@ -69,9 +69,10 @@ def split_model(
     wire_dtype: str,
     threads: int | None,
     perf_log: str | None = None,
+    keep_embedding: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out."""
-    chosen = get_placement(placement)
+    chosen = get_placement(placement, keep_embedding)
     if perf_log is not None and not chosen.needs_server:
         raise ConfigError(f"--perf-log has nothing to log with placement {placement}; leave one of them out")
     where = endpoint or config.default_endpoint()
@@ -92,6 +93,10 @@ def split_model(
         if perf_log is not None:
             options["perf_log"] = perf_log
         model = from_pretrained(path, where, chosen, wire_dtype, dtype, **options)
+    if keep_embedding and chosen.needs_server:
+        from .kept_embedding import NOTE
+
+        _print_line(f"note: {NOTE}")
     try:
         yield model
     finally:

@@ -131,11 +131,17 @@ def unpack(tensors: Sequence[torch.Tensor]) -> InitInfo:
         name = reader.text(key)
         if name and (name not in modules or modules[name].kind != kind):
             raise ProtocolError(f"the server's Init reply names a {key} that is none of its modules")
+    trusted = _unpack_trusted(reader.list("trusted"), reader.list("trusted_dtypes"), tensors[1:])
+    for name in trusted:
+        # Where the runner keeps such a module (an embedding), it is not the server that decides where its values
+        # come from.
+        if name.rpartition(".")[0] in modules:
+            raise ProtocolError(f"the server's Init reply sends {name}, which belongs to a module it serves")
     return InitInfo(
         config=_without_code(reader.dict("config")),
         generation_config=_without_code(reader.dict("generation_config")),
         dtype=dtype,
-        trusted=_unpack_trusted(reader.list("trusted"), reader.list("trusted_dtypes"), tensors[1:]),
+        trusted=trusted,
         modules=modules,
         embedding=reader.text("embedding"),
         lm_head=reader.text("lm_head"),

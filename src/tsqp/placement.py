@@ -6,7 +6,7 @@ of :data:`PLACEMENTS` (or a :class:`Placement` passed in its place), as long as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import ConfigError
 
@@ -43,6 +43,25 @@ class Placement:
     def needs_server(self) -> bool:
         """False where everything runs in the runner."""
         return bool(self.remote)
+
+    @property
+    def keeps_embedding(self) -> bool:
+        """True where the runner looks tokens up itself, so that their ids are never sent."""
+        return EMBEDDING not in self.remote
+
+    def keeping_embedding(self) -> Placement:
+        """This placement with Embedding in the runner: one round trip less per forward, and no token id is sent."""
+        if self.keeps_embedding:
+            return self
+        return replace(
+            self,
+            summary=f"{self.summary.removeprefix('Embedding, ')}; Embedding in the runner",
+            remote=self.remote - {EMBEDDING},
+            trips_per_forward=self.trips_per_forward - 1,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}, embedding kept" if self.keeps_embedding and self.needs_server else self.name
 
     def round_trips(self, layers: int) -> int:
         """Round trips of one forward through ``layers`` decoder layers, embedding and LM head included."""
@@ -86,15 +105,16 @@ PLACEMENTS: dict[str, Placement] = {
 }
 
 
-def get_placement(placement: str | Placement) -> Placement:
-    """Looks a placement up by name; a :class:`Placement` is returned as it is.
+def get_placement(placement: str | Placement, keep_embedding: bool = False) -> Placement:
+    """Looks a placement up by name; a :class:`Placement` stands for itself.
 
-    Raises :class:`~tsqp.errors.ConfigError` naming the choices where there is none of that name.
+    With ``keep_embedding`` it is the one that keeps Embedding in the runner. Raises
+    :class:`~tsqp.errors.ConfigError` naming the choices where there is none of that name.
     """
-    if isinstance(placement, Placement):
-        return placement
-    try:
-        return PLACEMENTS[placement]
-    except (KeyError, TypeError):
-        choices = ", ".join(PLACEMENTS)
-        raise ConfigError(f"there is no placement {placement!r}; choose one of {choices}") from None
+    if not isinstance(placement, Placement):
+        try:
+            placement = PLACEMENTS[placement]
+        except (KeyError, TypeError):
+            choices = ", ".join(PLACEMENTS)
+            raise ConfigError(f"there is no placement {placement!r}; choose one of {choices}") from None
+    return placement.keeping_embedding() if keep_embedding else placement

@@ -70,7 +70,7 @@ def format_prefill(runs: PrefillRuns, placement: Placement) -> str:
     median, least = statistics.median(runs.seconds), min(runs.seconds)
     total = (runs.shm_bytes + runs.zmq_bytes) or 1
     rows = [
-        ("prefill", f"{runs.tokens} tokens, placement {placement.name}, {len(runs.seconds)} runs"),
+        ("prefill", f"{runs.tokens} tokens, placement {placement}, {len(runs.seconds)} runs"),
         ("median", f"{format_seconds(median)}, {runs.tokens / median:.0f} tokens/s"),
         ("min", f"{format_seconds(least)}, {runs.tokens / least:.0f} tokens/s"),
         ("round trips", f"{runs.round_trips} per prefill"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import building, fused
+from . import building, fused, kept_embedding
 from .attention import ATTENTION_NAME, MODULE_ATTRIBUTE, SplitAttention
 from .client import GPUClient, InitInfo
 from .errors import ConfigError, ModelError
@@ -43,6 +43,7 @@ def from_pretrained(
     dtype: str | torch.dtype = "auto",
     client: GPUClient | None = None,
     timeout: float = 30.0,
+    keep_embedding: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """A transformers model, split: forward, ``generate``, caches and streamers as with any other.
@@ -56,6 +57,10 @@ def from_pretrained(
     prompt is long, so that server and runner overlap; ``auto`` measures, 0 does without). With placement
     ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
 
+    ``keep_embedding`` leaves Embedding in the runner, so that token ids are never sent. Its table is read from the
+    safetensors in ``path``, where they have it, else asked for from the server before any prompt. The server can
+    still tell tokens from the hidden states and logits it gets: this alone is no confidentiality.
+
     Logits equal the stock model's to 1e-4 of the largest one in float32; a bfloat16 or float16 model is as
     far from the exact result as the stock model in that dtype, within a factor of two. A wire narrower than a
     float32 model at both ends costs up to 0.005 (float16) or 0.04 (bfloat16) of the largest logit.
@@ -65,7 +70,7 @@ def from_pretrained(
     :class:`~tsqp.errors.ModelNotFoundError`, :class:`~tsqp.errors.ModelError` and, for parameters no
     placement covers, :class:`~tsqp.errors.UnplacedParameterError`.
     """
-    chosen = get_placement(placement)
+    chosen = get_placement(placement, keep_embedding)
     if not chosen.needs_server:
         return _local_model(path, dtype, chosen, options)
     unknown = set(options) - set(_OPTIONS)
@@ -83,7 +88,7 @@ def from_pretrained(
         model = building.build_skeleton(path, info, building.resolve_dtype(dtype, info), attention)
         sizes = {name: options[name] for name in ("tile_bytes", "mlp_tile_bytes") if name in options}
         tiling = Tiling(**sizes, slot_bytes=client.slot_bytes)
-        _install(model, client, info, chosen, owns_client=owned, skeleton=True, tiling=tiling)
+        _install(model, client, info, chosen, owns_client=owned, skeleton=True, tiling=tiling, path=path)
     except BaseException:
         if owned:
             client.close()
@@ -97,14 +102,16 @@ def attach(
     placement: str | Placement = "ops",
     tile_bytes: int | str = "auto",
     mlp_tile_bytes: int | str = "auto",
+    keep_embedding: bool = False,
 ) -> PreTrainedModel:
     """Splits a loaded stock model in place; :func:`detach` (or ``model.close()``) gives it back as it was.
 
     The client's server has to serve the same model. The replaced modules, with their weights, are set aside,
-    not freed. Returns ``model``. Raises :class:`~tsqp.errors.ModelError` where the model is attached already,
+    not freed. With ``keep_embedding`` the model's own embedding stays where it is: token ids are never sent.
+    Returns ``model``. Raises :class:`~tsqp.errors.ModelError` where the model is attached already,
     does not match the server's or can't be split; the model is unchanged then.
     """
-    chosen = get_placement(placement)
+    chosen = get_placement(placement, keep_embedding)
     if not chosen.needs_server:
         raise ConfigError(f"placement {chosen.name!r} uses no server; use the model as it is")
     tiling = Tiling(tile_bytes, mlp_tile_bytes, client.slot_bytes)
@@ -230,6 +237,7 @@ def _install(
     owns_client: bool,
     skeleton: bool,
     tiling: Tiling,
+    path: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
     """Makes all changes of a split, or none."""
     if _ATTRIBUTE in vars(model):
@@ -237,7 +245,8 @@ def _install(
     whole = fused.modules_of(model, info.fused, placement)
     inside = tuple(f"{module.name}." for modules in whole.values() for module in modules)
     targets = dict(_targets(model, info, placement, inside))
-    building.refuse_unplaced(model, frozenset(targets), inside)
+    kept = kept_embedding.modules_of(model, info, placement, inside)
+    building.refuse_unplaced(model, frozenset((*targets, *kept)), inside)
     dtype = model.dtype
     attachment = Attachment(model, client, placement, owns_client=owns_client, skeleton=skeleton, tiling=tiling)
     try:
@@ -245,7 +254,8 @@ def _install(
         if whole:
             fused.install(attachment, info.fused, whole)
         if skeleton:
-            building.fill_trusted(model, info.trusted)
+            tables = kept_embedding.tables(model, client, info.trusted, kept, path)
+            building.fill_trusted(model, {**info.trusted, **tables})
             building.remake_computed(model)
         building.refuse_unusable(model)
         if placement.attention == "server":

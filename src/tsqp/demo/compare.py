@@ -163,7 +163,7 @@ def print_comparison(result: Comparison, console: Console) -> None:
             f"{count} messages, {format_bytes(nbytes[key])} ({100 * nbytes[key] / total:.1f}% of the bytes)",
         )
     line("transport", str(stats.get("transport", "none")))
-    line("placement", f"{result.placement.name}: {result.placement.summary}")
+    line("placement", f"{result.placement}: {result.placement.summary}")
     per = [format_seconds(run.seconds / len(run.logits)) for run in (result.split, result.stock)]
     line("time", f"{per[0]} per token split, {per[1]} in one process (one thread each)")
     console.print(f"protection: {PROTECTION_LINE}", highlight=False, markup=False, soft_wrap=True)
