@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,6 +18,7 @@ from tsqp.telemetry import (
     format_bytes,
     format_seconds,
     format_stats,
+    plain_stats,
     print_stats,
     sum_transfers,
     throughput_mb_s,
@@ -232,3 +235,21 @@ def test_format_bytes(nbytes, text):
 @pytest.mark.parametrize(("seconds", "text"), [(1.23e-5, "12.3 us"), (4.5e-3, "4.5 ms"), (6.78, "6.78 s")])
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_plain_text_has_the_same_figures():
+    text = plain_stats(STATS, "runner")
+    assert text.startswith("runner\n")
+    lines = [line.split("  ") for line in text.splitlines()]
+    cells = {line[1]: [cell.strip() for cell in line[2:] if cell.strip()] for line in lines if len(line) > 2}
+    assert cells["endpoint"] == ["ipc:///tmp/a.sock"]
+    assert cells["ZeroMQ"] == row(rendered(STATS), "ZeroMQ")[1:]
+    assert cells["BatchLinear"] == ["80"]
+    assert cells["gpu_linear"] == row(rendered(STATS), "gpu_linear")[1:]
+
+
+def test_counting_loads_no_terminal_library():
+    code = "import sys, tsqp.telemetry as t; print(t.plain_stats({})); print('rich' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "False"
+    assert "transfers per carrier" in out

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.table import Table
+from .tables import Table
 
-if TYPE_CHECKING:  # tracing knows the methods, and with them torch, which who only looks at figures does without
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+    # tracing knows the methods, and with them torch, which who only looks at figures does without
     from .tracing import Recorder
 
 #: Operators with a time of their own: ``gpu_*`` run on the server, ``tee_*`` in the runner.
@@ -175,16 +177,20 @@ def throughput_mb_s(stats: Mapping[str, Any]) -> float:
 
 def format_stats(stats: Mapping[str, Any], title: str = "tsqp statistics") -> Group:
     """The tables of a ``stats`` mapping (of :class:`GPUClient` or :class:`GPUServer`) as something rich can print."""
-    parts = [_summary_table(stats, title), _carrier_table(stats)]
-    if stats.get("calls"):
-        parts.append(_calls_table(stats["calls"]))
-    if stats.get("operators"):
-        parts.append(_operator_table(stats))
-    return Group(*parts)
+    from rich.console import Group
+
+    return Group(*(table.as_rich() for table in _tables(stats, title)))
+
+
+def plain_stats(stats: Mapping[str, Any], title: str = "tsqp statistics") -> str:
+    """The same tables as plain text, for a process that does without rich."""
+    return "\n\n".join(map(str, _tables(stats, title)))
 
 
 def print_stats(stats: Mapping[str, Any], title: str = "tsqp statistics", console: Console | None = None) -> None:
     """Prints :func:`format_stats` to ``console``, by default the standard output."""
+    from rich.console import Console
+
     (console or Console()).print(format_stats(stats, title))
 
 
@@ -208,8 +214,17 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
+def _tables(stats: Mapping[str, Any], title: str) -> list[Table]:
+    tables = [_summary_table(stats, title), _carrier_table(stats)]
+    if stats.get("calls"):
+        tables.append(_calls_table(stats["calls"]))
+    if stats.get("operators"):
+        tables.append(_operator_table(stats))
+    return tables
+
+
 def _summary_table(stats: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=title, show_header=False)
     table.add_row("transport", str(stats.get("transport", "none")))
     for key, label in (
         ("endpoint", "endpoint"),
@@ -230,9 +245,9 @@ def _summary_table(stats: Mapping[str, Any], title: str) -> Table:
 
 
 def _carrier_table(stats: Mapping[str, Any]) -> Table:
-    table = Table(title="transfers per carrier", title_justify="left")
+    table = Table(title="transfers per carrier")
     for name in ("carrier", "transfers", "share", "bytes", "share of bytes"):
-        table.add_column(name, justify="left" if name == "carrier" else "right")
+        table.add_column(name, right=name != "carrier")
     carriers = (("shared memory", "shm"), ("ZeroMQ", "zmq"))
     transfers = sum(stats.get(f"{key}_transfers", 0) for _, key in carriers)
     nbytes = sum(stats.get(f"{key}_bytes", 0) for _, key in carriers)
@@ -250,9 +265,9 @@ def _carrier_table(stats: Mapping[str, Any]) -> Table:
 
 
 def _calls_table(calls: Mapping[str, int]) -> Table:
-    table = Table(title="RPC calls per method", title_justify="left")
+    table = Table(title="RPC calls per method")
     table.add_column("method")
-    table.add_column("calls", justify="right")
+    table.add_column("calls", right=True)
     for method, count in sorted(calls.items(), key=lambda item: -item[1]):
         table.add_row(method, str(count))
     return table
@@ -265,10 +280,10 @@ def _operator_table(stats: Mapping[str, Any]) -> Table:
         for label, key in (("of it on the server", "server_seconds"), ("queued on the server", "queue_seconds"))
         if any(row.get(key) for row in operators.values())
     ]
-    table = Table(title="time per operator", title_justify="left")
+    table = Table(title="time per operator")
     table.add_column("operator")
     for name in ("calls", "time", "share", "per call", *(label for label, _ in shown)):
-        table.add_column(name, justify="right")
+        table.add_column(name, right=True)
     total_s = sum(row["seconds"] for row in operators.values())
     for name, row in operators.items():
         seconds, count = row["seconds"], row["calls"]
