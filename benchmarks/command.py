@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.demo.server_process import termination_raises
+from tsqp.exits import termination_raises
 
 from . import compare
 from .arguments import plain_parser

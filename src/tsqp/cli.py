@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sys
+from functools import partial
 from json import dumps
 from typing import Annotated
 
@@ -24,10 +25,9 @@ from rich.console import Console
 from . import __version__, cli_bench, config
 from . import cli_options as options
 from .cli_parts import (
-    check_prompt,
     checkpoint,
+    continue_prompt,
     load_tokenizer,
-    one_line,
     print_runner_stats,
     quiet_progress_bars,
     sampling_arguments,
@@ -36,10 +36,9 @@ from .cli_parts import (
     status,
 )
 from .errors import ConfigError, TsqpError
+from .exits import EXIT_ERROR, EXIT_OK, ended, termination_raises
 from .placement import get_placement
 from .report_files import report_files
-
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="tsqp",
@@ -157,17 +156,11 @@ def generate(
         perf_log=perf_log,
         keep_embedding=keep_embedding,
     ) as split:
-        import torch
-        from transformers import TextStreamer
+        from .streaming import PromptStreamer
 
         tokenizer = load_tokenizer(path)
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        check_prompt(inputs["input_ids"], split, path)
-        if seed is not None:
-            torch.manual_seed(seed)
-        print(prompt, end="", flush=True)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        split.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        streamer = PromptStreamer(tokenizer, prompt)
+        continue_prompt(split, tokenizer, prompt, path, streamer, max_new_tokens=max_new_tokens, seed=seed, **sampling)
         if stats:
             print_runner_stats(split)
 
@@ -226,7 +219,6 @@ def demo(
     """
     chosen = get_placement(placement, keep_embedding)
     from .demo import PROMPT
-    from .demo.server_process import termination_raises
 
     with termination_raises():
         with status("loading torch and transformers") as tell:
@@ -280,7 +272,6 @@ def doctor(*, echo: options.Echo = True, json: options.Json = False) -> None:
 
     Leaves with status 1 if there is a problem; notes are what works with less than it could have.
     """
-    from .demo.server_process import termination_raises
     from .doctor import as_json, examine, healthy, print_finding, summary
     from .doctor_machine import Machine
 
@@ -358,40 +349,25 @@ app.add_typer(cli_bench.app, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and leaves: status 0, 1 for an error, 2 for wrong options, 130 for Ctrl-C."""
     argv = sys.argv[1:] if arguments is None else arguments
-    try:
-        code = _run(argv or ["--help"])
-        sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has left (tsqp generate | head); nobody is there to read a message either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_ERROR
-    except Exception as error:
-        if "--debug" in argv and not hasattr(error, "format_message"):
-            raise
-        code = _report(error, argv)
-    sys.exit(code)
+    again = f"tsqp --debug {' '.join(argv)}"
+    sys.exit(ended(partial(_run, argv or ["--help"]), again, debug="--debug" in argv, usage=_usage))
 
 
 def _run(argv: list[str]) -> int:
     """Lets typer parse and call; returns the status of a ``typer.Exit``, else 0."""
     command = typer.main.get_command(app)
-    result = command.main(argv, prog_name="tsqp", standalone_mode=False)
+    try:
+        result = command.main(argv, prog_name="tsqp", standalone_mode=False)
+    except typer.Abort:  # what it makes of Ctrl-C
+        raise KeyboardInterrupt from None
     return result if isinstance(result, int) else 0
 
 
-def _report(error: Exception, argv: list[str]) -> int:
-    """Prints one sentence on the standard error for any exception; returns the exit status."""
+def _usage(error: Exception) -> str | None:
+    """What is wrong with the options, where ``error`` says that."""
     usage = getattr(error, "format_message", None)  # only typer's usage errors have it, whatever their class
-    if usage is not None:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "tsqp"
-        text, code = f"{usage()} ('{command} --help' lists the options)", EXIT_USAGE
-    elif isinstance(error, TsqpError):
-        text, code = one_line(error), EXIT_ERROR
-    else:
-        again = f"'tsqp --debug {' '.join(argv)}' shows where"
-        text, code = f"unexpected {type(error).__name__}: {one_line(error)} ({again})", EXIT_ERROR
-    print(f"tsqp: {text}", file=sys.stderr)
-    return code
+    if usage is None:
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "tsqp"
+    return f"{usage()} ('{command} --help' lists the options)"

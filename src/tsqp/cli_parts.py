@@ -1,6 +1,6 @@
 """What the commands are made of: finding the checkpoint, opening a split model, showing progress.
 
-Importing this module loads neither torch nor transformers.
+Importing this module loads neither torch nor transformers, nor rich: `tsqp run` does without that.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from . import config
 from .errors import ConfigError, ModelError, ModelNotFoundError
+from .exits import one_line
 from .placement import get_placement
 
 if TYPE_CHECKING:
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
 _CONNECT_TIMEOUT_S = 5.0
 #: Shows a line of text about what is going on.
 Tell = Callable[[str], None]
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an exception on one line, or its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def checkpoint(option: str | None) -> str:
@@ -70,14 +64,20 @@ def split_model(
     threads: int | None,
     perf_log: str | None = None,
     keep_embedding: bool = False,
+    timeout: float | None = None,
+    spins: bool = True,
 ) -> Iterator[PreTrainedModel]:
-    """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out."""
+    """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out.
+
+    ``timeout``: seconds one call of the server may take; None: what the library waits. ``spins``: whether the
+    terminal shows what is going on.
+    """
     chosen = get_placement(placement, keep_embedding)
     if perf_log is not None and not chosen.needs_server:
         raise ConfigError(f"--perf-log has nothing to log with placement {placement}; leave one of them out")
     where = endpoint or config.default_endpoint()
     config.parse_endpoint(where)
-    with status("loading torch and transformers") as tell:
+    with status("loading torch and transformers", spins=spins) as tell:
         import torch
 
         from .protocol import FLOAT_DTYPES
@@ -90,6 +90,8 @@ def split_model(
             torch.set_num_threads(threads)
         tell(f"connecting to {where}" if chosen.needs_server else f"loading {path}")
         options: dict[str, Any] = {"connect_timeout": _CONNECT_TIMEOUT_S} if chosen.needs_server else {}
+        if timeout is not None and chosen.needs_server:
+            options["timeout"] = timeout
         if perf_log is not None:
             options["perf_log"] = perf_log
         model = from_pretrained(path, where, chosen, wire_dtype, dtype, **options)
@@ -116,7 +118,7 @@ def load_tokenizer(path: str) -> Any:
 def check_prompt(ids: Any, model: PreTrainedModel, path: str) -> None:
     """Refuses a prompt without tokens, or with tokens the model does not know."""
     if ids.shape[1] == 0:
-        raise ConfigError("--prompt is empty and this tokenizer adds no start token; give at least one word")
+        raise ConfigError("the prompt is empty and this tokenizer adds no start token; give at least one word")
     vocabulary = model.config.get_text_config().vocab_size
     if int(ids.max()) >= vocabulary:
         raise ModelError(
@@ -125,25 +127,52 @@ def check_prompt(ids: Any, model: PreTrainedModel, path: str) -> None:
         )
 
 
-def print_runner_stats(model: PreTrainedModel) -> None:
-    """The runner's statistics, on the standard error: the standard output is the command's result."""
-    from .telemetry import print_stats
+def continue_prompt(
+    model: PreTrainedModel, tokenizer: Any, prompt: str, path: str, streamer: Any, **arguments: Any
+) -> None:
+    """Has the model continue ``prompt``; the text goes to ``streamer`` as it comes.
 
+    ``path`` is the checkpoint's; ``arguments`` are those of ``generate()``, and ``seed``. Raises
+    :class:`~tsqp.errors.ConfigError` for an empty prompt.
+    """
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    check_prompt(inputs["input_ids"], model, path)
+    seed = arguments.pop("seed", None)
+    if seed is not None:
+        torch.manual_seed(seed)
+    model.generate(**inputs, streamer=streamer, **arguments)
+
+
+def print_runner_stats(model: PreTrainedModel, plain: bool = False) -> None:
+    """The runner's statistics, on the standard error: the standard output is the command's result.
+
+    ``plain``: as text, without loading rich.
+    """
+    from .telemetry import plain_stats, print_stats
+
+    title = "statistics of the runner"
     if model.tsqp_client is None:
         print("no statistics: with placement local no tensor travels", file=sys.stderr)
+    elif plain:
+        print(plain_stats(model.tsqp_client.stats, title), file=sys.stderr)
     else:
-        print_stats(model.tsqp_client.stats, "statistics of the runner", Console(stderr=True))
+        from rich.console import Console
+
+        print_stats(model.tsqp_client.stats, title, Console(stderr=True))
 
 
 @contextmanager
-def status(text: str, plain: bool = False) -> Iterator[Tell]:
+def status(text: str, plain: bool = False, spins: bool = True) -> Iterator[Tell]:
     """A spinner on the standard error, with a text that the yielded function replaces.
 
-    Where the standard error is no terminal: nothing, or with ``plain`` one line for each text.
+    Where the standard error is no terminal, or without ``spins``: nothing, or with ``plain`` one line for each text.
     """
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(text) as spinner:
+    if spins and sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status(text) as spinner:
             yield spinner.update
     else:
         tell = _print_line if plain else _say_nothing

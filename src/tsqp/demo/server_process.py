@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import ConnectError, TsqpError, WaitTimeoutError
@@ -141,18 +141,3 @@ def _signals_deferred() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         for missed in pending:
             signal.raise_signal(missed)
-
-
-@contextmanager
-def termination_raises(error: type[SystemExit] = SystemExit) -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP raise ``error(128 + signal)``, ``finally`` blocks run."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise error(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
