@@ -8,7 +8,7 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo to
 export OMP_WAIT_POLICY ?= passive
 
 PYTHON_CODE := src tests benchmarks tools docs
-C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/fuzz/*.c tests/fuzz/*.h)
+C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/enclave/*.c tests/enclave/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
 .PHONY: demo test test-c test-model test-fuzz lint format docs soak bench wheel clean
 .DELETE_ON_ERROR:
