@@ -117,7 +117,8 @@ cdef class Ring:
 
     def __dealloc__(self):
         if self.ptr != NULL:
-            c.tsqp_ring_close(self.ptr)
+            with nogil:  # the last one unmaps the segment
+                c.tsqp_ring_close(self.ptr)
             self.ptr = NULL
 
     cdef int try_acquire(self, c.tsqp_slot *slot) except -2:
