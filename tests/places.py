@@ -76,7 +76,7 @@ class Starved:
 
     def refuses(self) -> bool:
         """Whether the listener has seen by now that few descriptors are left."""
-        return self._listener._hub._reserve.scarce
+        return self._listener._hub.reserve.scarce
 
     def accept(self) -> None:
         self._channels.append(self._listener.accept(PATIENCE_S))

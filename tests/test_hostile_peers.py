@@ -18,8 +18,8 @@ from peers import PATIENCE_S, Peer
 from wire_bytes import numbered
 
 import tsqp
+from tsqp import door
 from tsqp import handshake as hs
-from tsqp import hub
 from tsqp.config import parse_endpoint
 from tsqp.errors import (
     ConfigError,
@@ -190,13 +190,14 @@ def test_rubbish_in_a_large_message_is_an_error_and_the_next_one_arrives(listene
     with raw_dealer(listener.endpoint) as dealer:
         shake_hands(dealer)
         with listener.accept(PATIENCE_S) as server:
-            for head, frames in ((bytes(128), []), (b"", []), (b"TSQM" + bytes(124), [b"x"] * 70)):
-                dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), head, *frames])
+            rubbish = ((bytes(128), []), (b"", []), (b"TSQM" + bytes(124), [b"x"] * 70))
+            for number, (head, frames) in enumerate(rubbish):
+                dealer.send_multipart([hs.envelope(hs.MESSAGE, number), head, *frames])
                 with pytest.raises(tsqp.errors.MessageError):
                     server.recv(PATIENCE_S)
             codec = tsqp._message.Encoder()
             codec.plan([], b"", 7, 0, 42, 0, 0, 0, 0, 0)
-            dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), codec.head_bytes(b"")])
+            dealer.send_multipart([hs.envelope(hs.MESSAGE, len(rubbish)), codec.head_bytes(b"")])
             assert server.recv(PATIENCE_S).request_id == 42
 
 
@@ -209,8 +210,8 @@ def test_a_client_that_floods_is_cut_off(carrier, endpoint):
     ):
         shake_hands(dealer)
         with listener.accept(PATIENCE_S) as flooded:
-            for _ in range(3000):  # empty messages have a cost too
-                dealer.send_multipart([hs.envelope(hs.MESSAGE, 0), b""])
+            for number in range(3000):  # empty messages have a cost too
+                dealer.send_multipart([hs.envelope(hs.MESSAGE, number), b""])
             end = time.monotonic() + PATIENCE_S
             while not flooded._link.dead():
                 assert time.monotonic() < end
@@ -219,8 +220,7 @@ def test_a_client_that_floods_is_cut_off(carrier, endpoint):
 
 
 def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypatch, shm_directory):
-    monkeypatch.setattr(hub, "HANDSHAKE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(hub, "_PLACE_S", 0.0)
+    monkeypatch.setattr(door, "HANDSHAKE_TIMEOUT_S", 0.3)
     with (
         tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
         raw_dealer(listener.endpoint) as dealer,
@@ -228,9 +228,6 @@ def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypat
         dealer.send_multipart([HELLO, hello(shm=True)])
         assert hs.open_envelope(dealer.recv_multipart()[0])[0] == hs.WELCOME
         assert any(shm_directory.iterdir()) == carrier.shm
-        with pytest.raises(ConnectError, match="limit"):
-            tsqp.connect(listener.endpoint, PATIENCE_S)
-        time.sleep(0.6)
         with client_of(listener, carrier) as both:  # its place is free again
             assert_works(*both)
             dealer.send_multipart([READY, msgpack.packb({"shm": False, "native": True})])  # too late

@@ -16,7 +16,7 @@ from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
 import tsqp
-from tsqp import hub, segments
+from tsqp import door, segments
 from tsqp.errors import (
     ClosedError,
     ConfigError,
@@ -171,7 +171,7 @@ def test_one_client_more_than_the_limit_is_refused_until_one_goes(carrier, endpo
 
 
 def test_a_client_waits_a_moment_for_a_place_that_is_taken(carrier, endpoint, background, monkeypatch):
-    monkeypatch.setattr(hub, "_PLACE_S", PATIENCE_S)
+    monkeypatch.setattr(door, "_PLACE_S", PATIENCE_S)
     with (
         tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
         ExitStack() as stack,

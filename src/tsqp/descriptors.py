@@ -16,7 +16,8 @@ LISTENING, CONNECTING, BORROWING = 32, 16, 12
 _FREE = 8
 #: Kept back for clients that have to be refused.
 _HELD = 8
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE)
+#: What the system says where no more descriptors can be opened.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
 def _take(source: int, count: int) -> list[int]:
@@ -27,7 +28,7 @@ def _take(source: int, count: int) -> list[int]:
             taken.append(os.dup(source))
     except OSError as error:
         give_back(taken)
-        if error.errno not in _EXHAUSTED:
+        if error.errno not in EXHAUSTED:
             raise
     return taken
 
@@ -44,7 +45,7 @@ def require(count: int, purpose: str) -> None:
         try:
             ends = os.pipe()
         except OSError as error:
-            if error.errno not in _EXHAUSTED:
+            if error.errno not in EXHAUSTED:
                 raise
         else:
             stack.callback(give_back, list(ends))

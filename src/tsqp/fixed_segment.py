@@ -13,7 +13,7 @@ from ._ring import Segment
 from .errors import SegmentError
 
 if TYPE_CHECKING:
-    from .hub import HubOptions
+    from .door import HubOptions
 
 #: How long after a failure to make the segment anew it is tried again.
 _RETRY_S = 1.0

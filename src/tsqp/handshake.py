@@ -3,6 +3,7 @@
 A ZeroMQ message is ``[kind + sequence][...]``. The handshake is HELLO (client), WELCOME or REFUSE (server),
 READY (client); its bodies are small msgpack maps. Every field is checked for type and range on receipt. Before READY
 the client may send a few PROBEs, bytes that the server acknowledges with an empty PROBE: it measures the connection.
+A BYE of the server may have the body of a REFUSE: why.
 """
 
 from __future__ import annotations
@@ -100,3 +101,12 @@ def unpack(kind: type[Body], data: bytes) -> Body:
         if type(body[name]) is not _TYPES[str(type_name)]:
             raise ProtocolError(f"the peer's {kind.__name__}.{name} is no {type_name}")
     return kind(**body)
+
+
+def reason_of(bodies: list[bytes]) -> str:
+    """Why the server said goodbye: the first of the bodies, as far as it can be shown; empty: it gave no reason."""
+    try:
+        reason = unpack(Refuse, bodies[0]).reason if bodies else ""
+    except ProtocolError:
+        return ""
+    return "".join(filter(str.isprintable, reason[:500]))

@@ -13,69 +13,42 @@ import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from . import door
 from . import handshake as hs
-from ._ring import Doorbell, Segment
+from ._ring import Doorbell
+from .admission import Hello
 from .binding import bind
 from .config import Endpoint
+from .connections import Connections
 from .descriptors import Reserve
-from .errors import ProtocolError, SegmentError
+from .door import AT_ONCE, LEAVE_S, Client, Door, HubOptions
+from .errors import ProtocolError
 from .fixed_segment import FixedSegment
 from .links import ServerLink, frame_limit
 from .transport import Channel, make_channel
 
-HANDSHAKE_TIMEOUT_S = 5.0
 _RETRY_MS = 10
 #: How often file descriptors are looked after.
 _LOOK_MS = 100
 _FAREWELL_S = 0.5
-#: How long a client waits for a place, where all are taken: one that was killed just now may hold it still.
-_PLACE_S = 0.5
 #: Longer than this between two looks is not the I/O thread's own doing.
 _AWAY_S = 1.0
-#: How many messages are taken before events and the outbox are looked at again, however busy one client is.
-_AT_ONCE = 64
+#: What libzmq takes ahead of the I/O thread, messages of each client; it knows no limit in bytes.
+_LIBZMQ_AHEAD = 64
 #: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
-_RECEIVED_MAX = 2000
+_RECEIVED_MAX = 2 * _LIBZMQ_AHEAD
 _DEALER_FRAMES_MIN = 2
+_CLOSED = "its end of the control connection was closed"
 #: How often a client may measure the connection before it is ready.
 MAX_PROBES = 16
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """The options of :func:`tsqp.listen`, checked."""
-
-    max_chunk_bytes: int
-    max_chunks: int
-    max_clients: int
-    shm: bool
-    shm_name: str | None
-    threshold: int | str
-    large: str
-    wait: str
-    spin_us: float
-    max_inbox_bytes: int
-    max_message_bytes: int
-
-
-@dataclass
-class _Client:
-    """One connection as the I/O thread sees it."""
-
-    identity: bytes
-    fd: int
-    deadline: float
-    futex: bool
-    segment: Segment | None
-    link: ServerLink | None = None
-    channel: Channel | None = None
-    probes: int = 0
+#: Whoever broke the protocol and is told to go has this long to hear it.
+_CUT_OFF_S = 0.1
+_HELLO_LOOK_MS = 10
 
 
 class Hub:
@@ -84,16 +57,17 @@ class Hub:
     """
 
     def __init__(self, endpoint: Endpoint, options: HubOptions, bell: Doorbell) -> None:
-        self._options, self._bell = options, bell
+        self.options, self._bell = options, bell
         self._scheme = endpoint.scheme
-        self._fixed = FixedSegment(options)
+        self.fixed = FixedSegment(options)
         self.accepted: deque[Channel] = deque()
         self._numbers = itertools.count()
         self.channels: list[Channel] = []  # in the order of connecting, which is that of their numbers
         self.failure: BaseException | None = None  # what ended the I/O thread
-        self.clients: dict[bytes, _Client] = {}
-        #: Not answered yet: descriptor, body, and until when it waits for a place.
-        self._hellos: dict[bytes, tuple[int, bytes, float]] = {}
+        self.clients: dict[bytes, Client] = {}
+        self.connections = Connections()
+        self._door = Door(self)
+        self._hellos = self._door.hellos
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._stop = False
@@ -103,7 +77,7 @@ class Hub:
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
-        self._reserve = Reserve(self._wake_r)
+        self.reserve = Reserve(self._wake_r)
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
@@ -119,7 +93,9 @@ class Hub:
     def _open(self, endpoint: Endpoint) -> None:
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.MAXMSGSIZE, frame_limit(self._options.max_message_bytes))
+        self._router.setsockopt(zmq.RCVHWM, _LIBZMQ_AHEAD)
+        self._router.setsockopt(zmq.HANDSHAKE_IVL, int(door.HANDSHAKE_TIMEOUT_S * 1000))
+        self._router.setsockopt(zmq.MAXMSGSIZE, frame_limit(self.options.max_message_bytes))
         self._monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self.endpoint = bind(self._router, endpoint)
         self._socket_path = endpoint.path
@@ -150,12 +126,12 @@ class Hub:
         try:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
-                self._reserve.look()
-                self._fixed.look()
+                self.reserve.look()
+                self.fixed.look()
                 self._drain_wake()
-                self._take_messages()
+                self.take_messages()
                 self._take_events()
-                self._answer_hellos()
+                self._door.answer()
                 self._flush_outbox()
                 self._expire_handshakes()
                 if self._stop:
@@ -164,7 +140,7 @@ class Hub:
             self.failure = error
             raise
         finally:
-            self._fixed.close()
+            self.fixed.close()
             for client in list(self.clients.values()):
                 self._drop(client.identity, "the listener's I/O thread ended")
             self._release()
@@ -174,7 +150,7 @@ class Hub:
         return bool(link.reason) or link.said_bye or link.identity not in self.clients
 
     def _release(self) -> None:
-        self._fixed.close()
+        self.fixed.close()
         if self._monitor is not None:
             self._router.disable_monitor()
             self._monitor.close(0)
@@ -186,7 +162,7 @@ class Hub:
         self._router.close(200)
         self.owner = None
         self._context.term()
-        self._reserve.close()
+        self.reserve.close()
         with self._pipe_lock:
             os.close(self._wake_r)
             os.close(self._wake_w)
@@ -194,7 +170,9 @@ class Hub:
         self.clients.clear()
 
     def _next_timeout_ms(self) -> int:
-        waiting = [c.deadline for c in self.clients.values() if c.channel is None]
+        if self._hellos:
+            return _HELLO_LOOK_MS
+        waiting = [c.deadline for c in self._door.under_way()]
         return min(_LOOK_MS, max(1, int((min(waiting) - time.monotonic()) * 1000))) if waiting else _LOOK_MS
 
     def _drain_wake(self) -> None:
@@ -202,7 +180,7 @@ class Hub:
             while os.read(self._wake_r, 4096):
                 pass
 
-    def _take_messages(self, limit: int = _AT_ONCE) -> None:
+    def take_messages(self, limit: int = AT_ONCE) -> None:
         for _ in range(limit):
             try:
                 parts = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
@@ -210,23 +188,30 @@ class Hub:
                 return
             try:
                 self._take(parts)
-            except ProtocolError:
-                self._cut_off(parts[0].bytes)
+            except ProtocolError as error:
+                self.cut_off(parts[0].bytes, int(parts[-1].get(zmq.SRCFD)), str(error))
 
-    def _cut_off(self, identity: bytes) -> None:
-        self._drop(identity, "it broke the protocol")
-        self._say(identity, hs.BYE)
+    def cut_off(self, identity: bytes, fd: int, why: str) -> None:
+        """Ends a connection for its own fault, and says so."""
+        self._drop(identity, f"it broke the protocol: {why}")
+        self.say(identity, hs.BYE, hs.Refuse(why[:500]))
+        self.connections.end_at(fd, time.monotonic() + _CUT_OFF_S)
 
     def _take(self, parts: list[zmq.Frame]) -> None:
-        identity = parts[0].bytes
+        identity, fd = parts[0].bytes, int(parts[-1].get(zmq.SRCFD))
         if len(parts) < _DEALER_FRAMES_MIN:
             raise ProtocolError("a message without an envelope")
         kind, sequence = hs.open_envelope(parts[1].buffer)
         client = self.clients.get(identity)
+        if client is not None and client.fd != fd:  # who had this identity is gone, and somebody else took it
+            self._drop(identity, _CLOSED)
+            client = None
         if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
-            self._hellos[identity] = int(parts[1].get(zmq.SRCFD)), parts[2].bytes, time.monotonic() + _PLACE_S
+            now = time.monotonic()
+            peer = self.connections.spoke(fd, _user_of(parts[1]), now + 2 * door.CROWDED_S)
+            self._hellos[identity] = Hello(identity, fd, parts[2].bytes, peer, now)
         elif client is None:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
@@ -236,86 +221,42 @@ class Hub:
             with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading
                 self._router.send_multipart([identity, hs.envelope(hs.PROBE), b""], flags=zmq.NOBLOCK)
         elif kind == hs.MESSAGE and client.link is not None and len(parts) >= 3:
-            client.link.deliver((sequence, parts[2], parts[3:]))
-            if client.link.reason:
-                self._forget(client)
+            fault = client.link.deliver((sequence, parts[2], parts[3:]))
+            if fault:
+                self.cut_off(identity, fd, fault)
         elif kind == hs.BYE:
             self._drop(identity, None)
+            self.connections.end_at(fd, time.monotonic() + LEAVE_S)
         else:
             raise ProtocolError("a message out of order")
 
-    def _say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> None:
+    def say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> None:
         with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading: it will time out
             self._router.send_multipart([identity, hs.envelope(kind), *map(hs.pack, body)], flags=zmq.NOBLOCK)
 
-    def _answer_hellos(self) -> None:
-        """A client that left before another came has said so, but libzmq may hand out the hello first. So a hello is
-        answered once each connection's turn has come: whoever left holds neither a place nor the fixed name then."""
-        if self._hellos:
-            self._take_messages(_AT_ONCE + len(self.clients))
-        most = self._options.max_clients
-        while self._hellos:
-            identity, (fd, data, until) = next(iter(self._hellos.items()))
-            if len(self.clients) >= most >= len(self._hellos) and time.monotonic() < until:
-                return  # in the order of coming, and no more of them than there are places
-            del self._hellos[identity]
-            try:
-                self._hello(identity, fd, data)
-            except ProtocolError:
-                self._cut_off(identity)
-
-    def _hello(self, identity: bytes, fd: int, data: bytes) -> None:
-        hello = hs.unpack(hs.Hello, data)
-        refusal = self._refusal(hello)
-        if refusal:
-            self._say(identity, hs.REFUSE, hs.Refuse(refusal))
-            return
-        futex = hello.futex and hs.futex_works()
-        client = _Client(identity, fd, time.monotonic() + HANDSHAKE_TIMEOUT_S, futex, None)
-        welcome = hs.Welcome(hs.PROTOCOL, False, futex)
-        slot_bytes, slots = self._options.max_chunk_bytes, self._options.max_chunks
-        if hello.shm and self._options.shm:
-            try:
-                segment = client.segment = self._fixed.take() or Segment.create(slot_bytes, slots, 2)
-            except (SegmentError, MemoryError) as error:
-                self._say(identity, hs.REFUSE, hs.Refuse(f"the server could not make a segment: {error}"[:2000]))
-                return
-            welcome = hs.Welcome(hs.PROTOCOL, True, futex, segment.name, segment.session, slot_bytes, slots)
-        self.clients[identity] = client
-        self._say(identity, hs.WELCOME, welcome)
-
-    def _refusal(self, hello: hs.Hello) -> str | None:
-        """Why this client can't be let in, or None."""
-        if hello.protocol != hs.PROTOCOL:
-            return f"the server speaks protocol {hs.PROTOCOL}, the client {hello.protocol}: use one version of tsqp"
-        if len(self.clients) >= self._options.max_clients:
-            return f"the server has its limit of {self._options.max_clients} clients (max_clients)"
-        if self._reserve.scarce:
-            return "the server process has too few file descriptors left (ulimit -n); it serves the clients it has"
-        return None
-
-    def _ready(self, client: _Client, data: bytes) -> None:
+    def _ready(self, client: Client, data: bytes) -> None:
         ready = hs.unpack(hs.Ready, data)
         segment = client.segment if ready.shm else None
         if segment is not None and ready.native:
             segment.unlink()  # both ends have it mapped: from now on a kill leaves nothing behind
         if segment is None or ready.native:
-            self._fixed.release(client.segment)  # an enclave that starts now finds a segment of its own
+            self.fixed.release(client.segment)  # an enclave that starts now finds a segment of its own
         if not client.futex:
             self._bell.set_futex(False)
-        link = ServerLink(client.identity, self._post, self._options.max_inbox_bytes)
+        options = self.options
+        link = ServerLink(client.identity, self._post, options.max_inbox_bytes, options.max_inbox_messages)
         channel = make_channel(
             link,
             segment,
             server=True,
             scheme=self._scheme,
             peer=f"client {client.identity.hex()[-8:]} of {self.endpoint}",
-            threshold=self._options.threshold,
-            large=self._options.large,
-            wait=self._options.wait,
-            spin_us=self._options.spin_us,
+            threshold=options.threshold,
+            large=options.large,
+            wait=options.wait,
+            spin_us=options.spin_us,
             futex=client.futex,
-            max_message_bytes=self._options.max_message_bytes,
+            max_message_bytes=options.max_message_bytes,
         )
         link.on_event = self._bell.ring
         channel.on_close = self._closed_channel
@@ -340,24 +281,27 @@ class Hub:
         if client.link is not None:
             client.link.end(reason)
 
-    def _forget(self, client: _Client) -> None:
+    def _forget(self, client: Client) -> None:
         """The segment's memory goes with the last reference: the channel's, once its user closed it."""
         self.clients.pop(client.identity, None)
-        self._fixed.release(client.segment)
+        self.fixed.release(client.segment)
         client.segment = None
 
     def _take_events(self) -> None:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
+            fd = int(event["value"])
             if event["event"] == zmq.EVENT_ACCEPTED:
-                continue  # the wake-up was what it is for: the descriptors were looked after
-            for identity in [identity for identity, (fd, *_) in self._hellos.items() if fd == event["value"]]:
+                self.connections.accepted(fd, time.monotonic() + door.HANDSHAKE_TIMEOUT_S)
+                continue
+            self.connections.ended(fd)
+            for identity in [identity for identity, hello in self._hellos.items() if hello.fd == fd]:
                 del self._hellos[identity]
-            gone = [client for client in self.clients.values() if client.fd == event["value"]]
+            gone = [client for client in self.clients.values() if client.fd == fd]
             if gone:
-                self._take_messages(_RECEIVED_MAX * len(self.clients))
+                self.take_messages(_RECEIVED_MAX * len(self.clients))
             for client in gone:
-                self._drop(client.identity, "its end of the control connection was closed")
+                self._drop(client.identity, _CLOSED)
 
     def _flush_outbox(self) -> None:
         held: list[tuple[ServerLink, list[Any]]] = []  # what its client has no room for, in the order it was posted
@@ -371,6 +315,10 @@ class Hub:
 
     def _send(self, link: ServerLink, parts: list[Any]) -> bool:
         """False: the client has no room for it now."""
+        client = self.clients.get(link.identity)
+        if client is None or client.link is not link:
+            parts.clear()  # it is gone; whoever may have its identity by now must not get it
+            return True
         try:
             self._router.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -379,18 +327,15 @@ class Hub:
             if error.errno != errno.EHOSTUNREACH:
                 raise
             self._drop(link.identity, "it can't be reached any more")
+            parts.clear()
             return True
         goodbye = len(parts) == _DEALER_FRAMES_MIN
         link.sent(parts)
         parts.clear()  # a frame object of ours would itself keep the sender's memory in use
         if goodbye:
-            self._forget_identity(link.identity)
-        return True
-
-    def _forget_identity(self, identity: bytes) -> None:
-        client = self.clients.get(identity)
-        if client is not None:
             self._forget(client)
+            self.connections.end_at(client.fd, time.monotonic() + LEAVE_S)
+        return True
 
     def _expire_handshakes(self) -> None:
         now = time.monotonic()
@@ -398,5 +343,15 @@ class Hub:
         if away_s > _AWAY_S:  # this process was stopped: what came meanwhile has not been taken yet
             for client in self.clients.values():
                 client.deadline += away_s
-        for client in [c for c in self.clients.values() if c.channel is None and c.deadline < now]:
-            self._drop(client.identity, "it did not finish the handshake in time")
+        for client in [c for c in self._door.under_way() if c.deadline < now]:
+            self.cut_off(client.identity, client.fd, "the handshake was not finished in time")
+        self.connections.look(now, self.reserve.scarce)
+        self._door.forget(now)
+
+
+def _user_of(frame: zmq.Frame) -> str:
+    """Whom the connection was authenticated as; empty where nobody asked."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""

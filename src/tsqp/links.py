@@ -103,6 +103,7 @@ class ClientLink:
         self._connected = False
         self._reason: str | None = None
         self._said_bye = False
+        self._why = ""  # the server's reason for that
         self._max_inbox_bytes = max_inbox_bytes
         self._inbox: deque[LargeMessage] = deque()
         self._inbox_bytes = 0
@@ -211,7 +212,8 @@ class ClientLink:
 
     def _check_peer(self, reason: str | None) -> None:
         if self._said_bye:
-            raise ClosedError("the server closed the connection; connect again to go on")
+            why = f": {self._why}" if self._why else "; connect again to go on"
+            raise ClosedError(f"the server closed the connection{why}")
         if reason:
             raise PeerDiedError(f"the server died: {reason}")
 
@@ -223,7 +225,7 @@ class ClientLink:
             self._wake()
             kind, sequence = hs.open_envelope(parts[0].buffer)
             if kind == hs.BYE:
-                self._said_bye = True
+                self._said_bye, self._why = True, hs.reason_of([part.bytes for part in parts[1:2]])
             elif kind == hs.MESSAGE and len(parts) >= 2:
                 self._inbox.append((sequence, parts[1], parts[2:]))
                 self._inbox_bytes += cost(self._inbox[-1])
@@ -299,16 +301,23 @@ def _close_sockets(socket: zmq.Socket, monitor: zmq.Socket, pipe: tuple[int, int
 class ServerLink:
     """One client's share of the listener's ROUTER. Filled and emptied by the listener's I/O thread."""
 
-    def __init__(self, identity: bytes, post: Callable[[ServerLink, list[Any]], None], max_inbox_bytes: int) -> None:
+    def __init__(
+        self,
+        identity: bytes,
+        post: Callable[[ServerLink, list[Any]], None],
+        max_inbox_bytes: int,
+        max_inbox_messages: int,
+    ) -> None:
         self.identity = identity
         self._pid = os.getpid()
         self.reason: str | None = None
         self.said_bye = False
         self.on_event: Callable[[], None] = lambda: None
         self._post = post
-        self._max_inbox_bytes = max_inbox_bytes
+        self._max_inbox_bytes, self._max_inbox_messages = max_inbox_bytes, max_inbox_messages
         self._inbox: deque[LargeMessage] = deque()
         self._inbox_bytes = 0
+        self._last = -1  # the sequence number that came last
         self._arrived = threading.Condition()
         self._unsent: deque[tuple[zmq.MessageTracker, int]] = deque()
         self._counting = threading.Lock()  # one thread may ask for room while another sends
@@ -321,17 +330,23 @@ class ServerLink:
         """libzmq took a message of :meth:`send`."""
         self._posted_and_sent += sum(len(part) for part in parts)
 
-    def deliver(self, message: LargeMessage) -> None:
-        """Queues an arrived message; a client that floods is cut off."""
+    def deliver(self, message: LargeMessage) -> str | None:
+        """Queues an arrived message; or says why the client is to be cut off."""
         nbytes = cost(message)
+        if message[0] <= self._last:
+            return f"message {message[0]} came after message {self._last}"
+        self._last = message[0]
         with self._arrived:
             if self._inbox_bytes + nbytes > self._max_inbox_bytes:
-                self.reason = f"it had more than {self._max_inbox_bytes} bytes of unread messages under way"
-            elif not self._closed:
+                return f"more than {self._max_inbox_bytes} bytes of unread messages were under way"
+            if len(self._inbox) >= self._max_inbox_messages:
+                return f"more than {self._max_inbox_messages} unread messages were under way"
+            if not self._closed:
                 self._inbox.append(message)
                 self._inbox_bytes += nbytes
             self._arrived.notify_all()
         self.on_event()
+        return None
 
     def end(self, reason: str | None) -> None:
         """The connection is over: by a goodbye (None) or by death."""

@@ -14,6 +14,7 @@ from .binding import check_endpoint
 from .config import parse_endpoint
 from .errors import ClosedError, ConfigError, RingUsageError, WaitTimeoutError
 from .hub import Hub, HubOptions
+from .limits import MAX_HANDSHAKES, MAX_INBOX_MESSAGES, check_count
 from .transport import MAX_MESSAGE_BYTES, Channel, check_carriers, check_limit, close_at_exit
 from .turns import Turns
 
@@ -35,7 +36,9 @@ class Listener:
         wait: str = "auto",
         spin_us: float = 400.0,
         max_inbox_bytes: int = 4 << 30,
+        max_inbox_messages: int = MAX_INBOX_MESSAGES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_handshakes: int = MAX_HANDSHAKES,
         reap: bool = True,
     ) -> None:
         parsed = parse_endpoint(endpoint)
@@ -45,6 +48,8 @@ class Listener:
         check_carriers(threshold, large)
         check_limit(max_message_bytes)
         check_limit(max_inbox_bytes, "max_inbox_bytes")
+        check_count(max_inbox_messages, "max_inbox_messages")
+        check_count(max_handshakes, "max_handshakes")
         options = HubOptions(
             max_chunk_bytes=max_chunk_bytes,
             max_chunks=max_chunks,
@@ -56,7 +61,9 @@ class Listener:
             wait=wait,
             spin_us=spin_us,
             max_inbox_bytes=max_inbox_bytes,
+            max_inbox_messages=max_inbox_messages,
             max_message_bytes=max_message_bytes,
+            max_handshakes=max_handshakes,
         )
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._bell = Doorbell(spin_us, hs.futex_works(), wait)
@@ -168,7 +175,9 @@ def listen(
     wait: str = "auto",
     spin_us: float = 400.0,
     max_inbox_bytes: int = 4 << 30,
+    max_inbox_messages: int = MAX_INBOX_MESSAGES,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_handshakes: int = MAX_HANDSHAKES,
 ) -> Listener:
     """Listens for tensor channels on ``ipc:///path`` or ``tcp://address:port`` (port 0: any free one).
 
@@ -187,9 +196,12 @@ def listen(
         large: how this end sends large messages: ``zmq``, ``tile`` (in tiles through the ring), or ``auto``, whichever
             is faster here.
         wait: ``auto``, ``spin``, ``block`` or ``poll``; spin_us: the longest spin before blocking.
-        max_inbox_bytes: a client with more unread bytes of large messages than this is cut off.
+        max_inbox_bytes: a client with more unread bytes of messages over ZeroMQ than this is cut off, and told why.
+        max_inbox_messages: the same for their number.
         max_message_bytes: a client's message that claims more, on the wire or decoded, is dropped and
             MessageTooLargeError raised before anything is allocated for it.
+        max_handshakes: connections that are being made at the same time; each has its segment already. Further ones
+            wait, and one that was begun and not gone on with gives way to them.
 
     Raises:
         EndpointError, EndpointBusyError, SharedMemoryFullError, SegmentError, ConfigError,
@@ -209,7 +221,9 @@ def listen(
         wait=wait,
         spin_us=spin_us,
         max_inbox_bytes=max_inbox_bytes,
+        max_inbox_messages=max_inbox_messages,
         max_message_bytes=max_message_bytes,
+        max_handshakes=max_handshakes,
     )
 
 

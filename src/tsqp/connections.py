@@ -1,0 +1,134 @@
+"""The connections that libzmq has accepted: who is at the other end, how long each may stay, and how one is ended.
+
+libzmq has no call that ends one peer's connection. It is ended from below: its descriptor is shut down, which libzmq
+sees as the peer's leaving. A descriptor's number may have gone to another socket meanwhile, so a connection is known
+by its socket's inode, looked at through a duplicate that can't change hands any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from .descriptors import EXHAUSTED
+
+#: Connections of no client, at most: of more, the oldest of whoever has most are ended, those first that are to go
+#: anyway, then those that have not said what they are.
+MAX_STRANGERS = 64
+#: The same while few descriptors are left.
+FEW_STRANGERS = 8
+LEAVING, SILENT, WAITING = range(3)
+_CREDENTIALS = struct.Struct("3i")
+T = TypeVar("T")
+
+#: Who is at the other end: ("process", pid) on a Unix socket, ("address", text) over TCP, ("key", text) where the
+#: connection is authenticated. What peers share among them is shared by these.
+Peer = tuple[str, Any]
+NOBODY: Peer = ("unknown", "")
+
+
+def oldest_of_most(candidates: Iterable[T], peer_of: Callable[[T], Peer]) -> T | None:
+    """Of candidates in the order of their coming, the first one of the peer that has most of them."""
+    found = list(candidates)
+    if not found:
+        return None
+    counts = Counter(map(peer_of, found))
+    most = max(counts.values())
+    return next(each for each in found if counts[peer_of(each)] == most)
+
+
+class Connection:
+    """One accepted connection. It is ended at ``deadline`` (time.monotonic seconds; None: it is a client's)."""
+
+    __slots__ = ("deadline", "fd", "inode", "peer", "state")
+
+    def __init__(self, fd: int, inode: int, peer: Peer, deadline: float) -> None:
+        self.fd, self.inode, self.peer = fd, inode, peer
+        self.deadline: float | None = deadline
+        self.state = SILENT
+
+
+class Connections:
+    """All of a listener's connections by descriptor; one thread's."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, Connection] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def accepted(self, fd: int, deadline: float) -> None:
+        """libzmq has accepted a connection, or at least had: it may be gone already, and its end will be reported."""
+        with contextlib.suppress(OSError):
+            self._open[fd] = Connection(fd, os.fstat(fd).st_ino, _peer(fd), deadline)
+
+    def ended(self, fd: int) -> None:
+        """libzmq has reported the connection's end."""
+        self._open.pop(fd, None)
+
+    def peer(self, fd: int) -> Peer:
+        """Who is at the other end."""
+        found = self._open.get(fd)
+        return NOBODY if found is None else found.peer
+
+    def spoke(self, fd: int, key: str, deadline: float) -> Peer:
+        """The connection has said what it is, and has an answer by ``deadline``; ``key`` is who it was authenticated
+        as, or empty. Returns its peer."""
+        found = self._open.get(fd)
+        if found is None:
+            return NOBODY
+        found.state, found.deadline = WAITING, deadline
+        if key:
+            found.peer = ("key", key)
+        return found.peer
+
+    def keep(self, fd: int) -> None:
+        """The connection is a client's."""
+        found = self._open.get(fd)
+        if found is not None:
+            found.deadline = None
+
+    def end_at(self, fd: int, deadline: float) -> None:
+        """The connection is to go; at ``deadline`` it is ended if it is still there."""
+        found = self._open.get(fd)
+        if found is not None:
+            found.deadline, found.state = deadline, LEAVING
+
+    def look(self, now: float, scarce: bool = False) -> None:
+        """Ends what is due, and of too many connections those that are least worth; ``scarce``: few descriptors are
+        left."""
+        most = FEW_STRANGERS if scarce else MAX_STRANGERS
+        strangers = [each for each in self._open.values() if each.deadline is not None]
+        for connection in [each for each in strangers if each.deadline is not None and each.deadline < now]:
+            strangers.remove(connection)
+            self._cut(connection)
+        while len(strangers) > most:
+            least = min(each.state for each in strangers)
+            victim = oldest_of_most([each for each in strangers if each.state == least], lambda each: each.peer)
+            assert victim is not None
+            strangers.remove(victim)
+            self._cut(victim)
+
+    def _cut(self, connection: Connection) -> None:
+        """Ends a connection for both ends. libzmq reports it as any other end."""
+        try:
+            with socket.socket(fileno=os.dup(connection.fd)) as sock:
+                if os.fstat(sock.fileno()).st_ino == connection.inode:
+                    sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                return  # the next look tries again
+        self._open.pop(connection.fd, None)  # it has ended, or has by itself
+
+
+def _peer(fd: int) -> Peer:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family == socket.AF_UNIX:
+            pid, _, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+            return "process", pid
+        return "address", sock.getpeername()[0]

@@ -1,0 +1,175 @@
+"""The door of a listener: answers hellos, and makes each client's segment.
+
+A part of the I/O thread: everything here is its alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import handshake as hs
+from ._ring import Segment
+from .admission import Admission, Hello
+from .connections import Peer
+from .errors import ProtocolError, SegmentError, SharedMemoryFullError
+from .links import ServerLink
+from .transport import Channel
+
+if TYPE_CHECKING:
+    from .hub import Hub
+
+HANDSHAKE_TIMEOUT_S = 5.0
+#: How long a client waits for a place, where all are taken: one that was killed just now may hold it still.
+_PLACE_S = 0.5
+#: How long it waits where other handshakes are in its way.
+CROWDED_S = 3.0
+#: Whoever was refused, or said goodbye, has this long to go by itself.
+LEAVE_S = 2.0
+#: How many messages are taken before events and the outbox are looked at again, however busy one client is.
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """The options of :func:`tsqp.listen`, checked."""
+
+    max_chunk_bytes: int
+    max_chunks: int
+    max_clients: int
+    shm: bool
+    shm_name: str | None
+    threshold: int | str
+    large: str
+    wait: str
+    spin_us: float
+    max_inbox_bytes: int
+    max_inbox_messages: int
+    max_message_bytes: int
+    max_handshakes: int
+
+
+@dataclass
+class Client:
+    """One connection as the I/O thread sees it."""
+
+    identity: bytes
+    fd: int
+    peer: Peer
+    began: float
+    deadline: float
+    futex: bool
+    segment: Segment | None = None
+    link: ServerLink | None = None
+    channel: Channel | None = None
+    probes: int = 0
+
+
+class Door:
+    """Lets clients in, for a hub."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub, self._options = hub, hub.options
+        self._admission = Admission()
+        self.hellos = self._admission.hellos
+
+    def forget(self, now: float) -> None:
+        """Forgets what is not needed any more; called now and then."""
+        self._admission.forget(now)
+
+    def under_way(self) -> list[Client]:
+        """Handshakes under way, in the order of coming."""
+        return [client for client in self._hub.clients.values() if client.channel is None]
+
+    def answer(self) -> None:
+        """A client that left before another came has said so, but libzmq may hand out the hello first. So a hello is
+        answered once each connection's turn has come: whoever left holds neither a place nor the fixed name then."""
+        if not self.hellos:
+            return
+        self._hub.take_messages(AT_ONCE + len(self._hub.clients))
+        for number, hello in enumerate(self._admission.in_turn(self.under_way())):
+            now = time.monotonic()
+            if not self._has_place(hello, now):
+                crowded = bool(self.under_way()) or not self._admission.may_spend(hello.peer, now)
+                until = hello.since + (CROWDED_S if crowded else _PLACE_S)
+                if number < self._options.max_clients and now < until:
+                    continue  # no more of them than there are places
+            if self.hellos.pop(hello.identity, None) is None:
+                continue  # its connection ended meanwhile
+            try:
+                self._hello(hello)
+            except ProtocolError as error:
+                self._hub.cut_off(hello.identity, hello.fd, str(error))
+
+    def _has_place(self, hello: Hello, now: float) -> bool:
+        """Whether the client could be let in now. A handshake that took too long goes for it."""
+        if not self._admission.may_spend(hello.peer, now):
+            return False
+        if len(self.under_way()) >= self._options.max_handshakes or len(self._hub.clients) >= self._options.max_clients:
+            self._end_one(hello.peer, now)
+        crowded = len(self.under_way()) >= self._options.max_handshakes
+        return not crowded and len(self._hub.clients) < self._options.max_clients
+
+    def _end_one(self, peer: Peer, now: float) -> bool:
+        """Ends the handshake that has to give way to one of ``peer``, if there is one."""
+        victim = self._admission.gives_way(self.under_way(), peer, now)
+        if victim is not None:
+            self._hub.cut_off(victim.identity, victim.fd, "the handshake was not finished while others waited")
+        return victim is not None
+
+    def _hello(self, hello: Hello) -> None:
+        said = hs.unpack(hs.Hello, hello.body)
+        now = time.monotonic()
+        refusal = self._refusal(said, hello, now)
+        if refusal:
+            self._refuse(hello, refusal)
+            return
+        futex = said.futex and hs.futex_works()
+        client = Client(hello.identity, hello.fd, hello.peer, now, now + HANDSHAKE_TIMEOUT_S, futex)
+        welcome = hs.Welcome(hs.PROTOCOL, False, futex)
+        slot_bytes, slots = self._options.max_chunk_bytes, self._options.max_chunks
+        if said.shm and self._options.shm:
+            try:
+                client.segment = segment = self._new_segment(hello.peer)
+            except (SegmentError, MemoryError) as error:
+                self._refuse(hello, f"the server could not make a segment: {error}"[:2000])
+                return
+            welcome = hs.Welcome(hs.PROTOCOL, True, futex, segment.name, segment.session, slot_bytes, slots)
+        client.began = time.monotonic()
+        self._hub.clients[hello.identity] = client
+        self._hub.connections.keep(hello.fd)
+        self._hub.say(hello.identity, hs.WELCOME, welcome)
+
+    def _refuse(self, hello: Hello, why: str) -> None:
+        self._hub.say(hello.identity, hs.REFUSE, hs.Refuse(why))
+        self._hub.connections.end_at(hello.fd, time.monotonic() + LEAVE_S)
+
+    def _new_segment(self, peer: Peer) -> Segment:
+        """A segment; where there is no memory for it, handshakes that took too long give theirs back first."""
+        begin = time.monotonic()
+        try:
+            while True:
+                try:
+                    options = self._options
+                    return self._hub.fixed.take() or Segment.create(options.max_chunk_bytes, options.max_chunks, 2)
+                except SharedMemoryFullError:
+                    if not self._end_one(peer, time.monotonic()):
+                        raise
+        finally:
+            now = time.monotonic()
+            self._admission.spend(peer, 2 * (now - begin), now)  # to free it takes half as long again, or as long
+
+    def _refusal(self, said: hs.Hello, hello: Hello, now: float) -> str | None:
+        """Why this client can't be let in, or None."""
+        if said.protocol != hs.PROTOCOL:
+            return f"the server speaks protocol {hs.PROTOCOL}, the client {said.protocol}: use one version of tsqp"
+        if len(self._hub.clients) >= self._options.max_clients:
+            return f"the server has its limit of {self._options.max_clients} clients (max_clients)"
+        if self._hub.reserve.scarce:
+            return "the server process has too few file descriptors left (ulimit -n); it serves the clients it has"
+        if len(self.under_way()) >= self._options.max_handshakes:
+            return f"the server has its limit of {self._options.max_handshakes} handshakes under way; try again"
+        if not self._admission.may_spend(hello.peer, now):
+            return "too many connections came from there in a short time; try again in some seconds"
+        return None
