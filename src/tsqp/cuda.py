@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +28,8 @@ log = logging.getLogger("tsqp.server")
 _CALLS_BEFORE_CAPTURE, _MAX_GRAPH_ROWS = 4, 16
 #: Graphs kept; each holds its inputs and outputs on the device.
 _MAX_GRAPHS = 1024
+#: Who has its share of graphs may replace one after so many calls: to capture one takes as long as several calls.
+_CALLS_PER_REPLACEMENT = 128
 _WARM_UP_RUNS = 3
 
 
@@ -119,33 +123,83 @@ def _number(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+class _Owner:
+    """A client's calls of graphs, and from which of them on it may replace one."""
+
+    __slots__ = ("__weakref__", "calls", "replaces_at")
+
+    def __init__(self) -> None:
+        self.calls = self.replaces_at = 0
+
+
 class Graphs:
     """CUDA graphs of functions of one tensor, for inputs so small that launching costs more than computing.
 
     A graph's outputs are overwritten by the next run of it or of another, since they share memory: they are to be
-    copied away before.
+    copied away before. Clients choose shapes, and so what there are graphs of: each has a ``share`` of them, and
+    where that, or all there may be, is used up, the one not used for longest goes, of whoever has most.
     """
 
-    def __init__(self, capture: Callable[[Callable[[Any], Any], Any], Callable[[Any], Any]] | None = None) -> None:
+    def __init__(
+        self,
+        capture: Callable[[Callable[[Any], Any], Any], Callable[[Any], Any]] | None = None,
+        share: int = _MAX_GRAPHS,
+    ) -> None:
         self._capture = Capture() if capture is None else capture
+        self._share = min(share, _MAX_GRAPHS)
         self._calls: dict[Any, int] = {}
-        self._graphs: dict[Any, Callable[[Any], Any]] = {}
+        self._graphs: dict[Any, tuple[Callable[[Any], Any], weakref.ref[_Owner]]] = {}  # last used last
+        self._owners: weakref.WeakKeyDictionary[Any, _Owner] = weakref.WeakKeyDictionary()
+        self._nobody = _Owner()
 
-    def run(self, key: Any, function: Callable[[torch.Tensor], Any], x: torch.Tensor, rows: int) -> Any:
-        """``function(x)``, by a graph once ``key`` (which has to tell function, shape and dtype apart) came often."""
-        graph = self._graphs.get(key)
-        if graph is not None:
-            return graph(x)
-        if rows > _MAX_GRAPH_ROWS or len(self._graphs) >= _MAX_GRAPHS:
+    def run(
+        self, key: Any, function: Callable[[torch.Tensor], Any], x: torch.Tensor, rows: int, client: object = None
+    ) -> Any:
+        """``function(x)``, by a graph once ``key`` (which has to tell function, shape and dtype apart) came often.
+
+        ``client`` is for whom; graphs serve whoever asks for the same.
+        """
+        owner = self._owner(client)
+        owner.calls += 1
+        found = self._graphs.pop(key, None)
+        if found is not None:
+            self._graphs[key] = found
+            return found[0](x)
+        if rows > _MAX_GRAPH_ROWS:
             return function(x)
         if len(self._calls) >= _MAX_GRAPHS * 4:
             self._calls.clear()  # clients choose shapes: what they can make this remember is bounded
         self._calls[key] = self._calls.get(key, 0) + 1
-        if self._calls[key] < _CALLS_BEFORE_CAPTURE:
+        if self._calls[key] < _CALLS_BEFORE_CAPTURE or not self._make_room(owner):
             return function(x)
         del self._calls[key]
-        self._graphs[key] = graph = self._captured(function, x)
+        graph = self._captured(function, x)
+        self._graphs[key] = graph, weakref.ref(owner)
         return graph(x)
+
+    def _owner(self, client: object) -> _Owner:
+        if client is None:
+            return self._nobody
+        owner = self._owners.get(client)
+        if owner is None:
+            owner = self._owners[client] = _Owner()
+        return owner
+
+    def _make_room(self, owner: _Owner) -> bool:
+        """Makes room for one graph more of ``owner``; False if it has to do without."""
+        if owner.calls < owner.replaces_at:
+            return False
+        counts = Counter(of() for _, of in self._graphs.values())  # None: of clients that are gone
+        if counts[owner] < self._share and len(self._graphs) < _MAX_GRAPHS:
+            return True
+        victim: _Owner | None = owner
+        if counts[owner] < self._share:
+            victim = None if counts[None] else max(counts, key=counts.__getitem__)
+        if not counts[victim]:
+            return False  # it has no share at all
+        owner.replaces_at = owner.calls + _CALLS_PER_REPLACEMENT
+        del self._graphs[next(key for key, (_, of) in self._graphs.items() if of() is victim)]
+        return True
 
     def _captured(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
         """The function's graph; the function itself where it can't be captured, or there is no memory for it."""
