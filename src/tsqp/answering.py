@@ -36,8 +36,9 @@ from .telemetry import Telemetry, sum_transfers
 
 log = logging.getLogger("tsqp.server")
 
-#: How long a reply may wait for a client that does not take it, before that client is given up.
-_REPLY_TIMEOUT_S = 5.0
+#: No request is taken before its reply has room, so no reply waits, however busy the machine is; except for a client
+#: that takes the room back, by turning a word in shared memory, and it is given up before others notice.
+_REPLY_TIMEOUT_S = 0.01
 #: A client that was answered within this time is one that may ask again in a moment.
 _JUST_BEFORE_NS = 100_000_000
 _CLIENT_FAULTS = (PeerDiedError, ClosedError, MessageError, RingCorruptedError, WaitTimeoutError)

@@ -110,17 +110,19 @@ class Sender:
         if tail is None or ring is None:
             return True
         waits = deadline != NOW_NS
+        patience_s = PATIENCE_S if tail.patient else 0.0
         try:
             while tail.at < tail.nbytes:
                 if waits and not ring.ready():
                     self._make_room(deadline)
                 nbytes = min(self._tile_bytes, tail.nbytes - tail.at)
-                self._codec.write_tile(ring, tail.at, nbytes, deadline if waits else deadline_ns(PATIENCE_S))
+                self._codec.write_tile(ring, tail.at, nbytes, deadline if waits else deadline_ns(patience_s))
                 tail.at += nbytes
             self._broken_off = False
         except WaitTimeoutError:
             if waits:
                 raise
+            tail.patient = False  # or a reader could make this end wait again for each slot it gives back
             return False
         finally:
             if waits or not self._broken_off:
@@ -171,6 +173,7 @@ class _Tail:
 
     def __init__(self, kept: list[Any], nbytes: int) -> None:
         self.kept, self.nbytes, self.at = kept, nbytes, 0
+        self.patient = True
 
 
 def seconds_until(deadline: int) -> float:
