@@ -22,6 +22,7 @@ _LAZY = {
     "GPUClient": "client",
     "GPUServer": "server",
     "PendingCall": "pending",
+    "Limits": "limits",
     "attach": "split",
     "detach": "split",
     "from_pretrained": "split",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from ._ring import RingHandle as RingHandle
     from ._ring import ShmRingBuffer as ShmRingBuffer
     from .client import GPUClient as GPUClient
+    from .limits import Limits as Limits
     from .listener import Listener as Listener
     from .listener import listen as listen
     from .pending import PendingCall as PendingCall

@@ -83,6 +83,7 @@ def serve(
     max_clients: options.MaxClients = 16,
     threads: options.Threads = None,
     kv_limit_bytes: options.KvLimitBytes = None,
+    limit: options.LimitSettings = None,
     batching: options.Batching = True,
     compile_mlps: options.Compile = False,
     linear_backend: options.LinearBackend = "auto",
@@ -95,7 +96,7 @@ def serve(
     where = endpoint or config.default_endpoint()
     config.parse_endpoint(where)
     with status("loading torch and transformers", plain=True) as tell:
-        from .protocol import MAX_KV_BYTES
+        from .limits import Limits
         from .server import GPUServer
 
         quiet_progress_bars()
@@ -108,7 +109,8 @@ def serve(
             max_chunks=max_chunks,
             max_clients=max_clients,
             threads=threads,
-            kv_limit_bytes=MAX_KV_BYTES if kv_limit_bytes is None else kv_limit_bytes,
+            kv_limit_bytes=kv_limit_bytes,
+            limits=Limits().changed(limit or ()),
             batching=batching,
             compile=compile_mlps,
             linear_backend=linear_backend,

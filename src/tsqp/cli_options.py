@@ -98,6 +98,15 @@ KvLimitBytes = Annotated[
     int | None,
     typer.Option(min=0, metavar="BYTES", show_default=False, help="K and V kept per runner at most. Default: 4 GiB."),
 ]
+LimitSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="NAME=NUMBER",
+        show_default=False,
+        help="What one runner may take, as in --limit unread_bytes=1G; may be given more than once.",
+    ),
+]
 Batching = Annotated[bool, typer.Option(help="Compute requests of several runners together where that is faster.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the layers' MLPs (torch.compile); takes a minute.")]
 LinearBackend = Annotated[

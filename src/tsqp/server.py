@@ -22,6 +22,7 @@ from .cuda import CudaWork, current
 from .errors import (
     ConfigError,
 )
+from .limits import Limits, limited
 from .linear_backends import choose_backends
 from .listener import check_endpoint, listen
 from .loading import Progress, load_model
@@ -29,8 +30,6 @@ from .local_server import LocalServer
 from .metrics import MetricsServer, check_metrics
 from .overview import overview
 from .protocol import (
-    MAX_KV_BYTES,
-    MAX_REPLY_BYTES,
     PROTECTION_LINE,
 )
 from .server_attention import AttentionOperators
@@ -55,8 +54,8 @@ class GPUServer:
     ``model_or_path`` is a local checkpoint directory or a ready transformers model. ``endpoint`` is
     ``ipc:///path`` or ``tcp://address:port`` (default: ``LLAMA_IPC_PATH`` or a socket in the user's own
     directory). ``dtype`` is ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``;
-    ``device`` a torch device. ``threads`` sets torch's threads for the computation, ``kv_limit_bytes`` the K
-    and V kept per client, ``reply_limit_bytes`` the largest result a request may ask for, ``shm`` and
+    ``device`` a torch device. ``threads`` sets torch's threads for the computation, ``limits`` what one client may take
+    (:class:`Limits`; ``kv_limit_bytes`` and ``reply_limit_bytes`` are two of them, given by themselves), ``shm`` and
     ``wait`` are those of :func:`listen`. ``batching`` lets requests of several clients for the same linear modules be
     computed as one where that was measured to be faster. ``compile`` compiles the layers' MLPs with ``torch.compile``
     (True: inductor; or a backend's name), for ``fused`` and ``layer``. ``linear_backend`` says how linear modules are
@@ -82,8 +81,8 @@ class GPUServer:
         max_chunks: int | None = None,
         max_clients: int = 16,
         threads: int | None = None,
-        kv_limit_bytes: int = MAX_KV_BYTES,
-        reply_limit_bytes: int = MAX_REPLY_BYTES,
+        kv_limit_bytes: int | None = None,
+        reply_limit_bytes: int | None = None,
         shm: bool = True,
         large: str = "tile",
         wait: str = "auto",
@@ -94,13 +93,12 @@ class GPUServer:
         progress: Progress | None = None,
         status: bool = False,
         metrics_port: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("max_clients", max_clients)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is too small; give 1 or more")
-        for name, nbytes in (("kv_limit_bytes", kv_limit_bytes), ("reply_limit_bytes", reply_limit_bytes)):
-            if nbytes < 0:
-                raise ConfigError(f"{name}={nbytes} is negative; give a number of bytes")
+        self.limits = limited(limits or Limits(), kv_limit_bytes, reply_limit_bytes)
         if metrics_port is not None:
             check_metrics(metrics_port)
         self.endpoint = endpoint or config.default_endpoint()
@@ -114,9 +112,12 @@ class GPUServer:
             "shm": shm,
             "large": large,
             "wait": wait,
+            "max_inbox_bytes": self.limits.unread_bytes,
+            "max_inbox_messages": self.limits.unread_messages,
+            "max_message_bytes": self.limits.message_bytes,
+            "max_handshakes": self.limits.handshakes,
         }
         self._threads = threads
-        self._kv_limit_bytes = kv_limit_bytes
         self._served = load_model(model_or_path, device, dtype, progress)
         self._linear_ways = choose_backends(
             self._served,
@@ -128,7 +129,7 @@ class GPUServer:
         )
         if compile:
             compile_mlps(self._served, "inductor" if compile is True else compile)
-        self._operators = Operators(self._served, reply_limit_bytes)
+        self._operators = Operators(self._served, self.limits)
         handlers = self._operators.handlers
         for part in (AttentionOperators, FusedOperators):
             handlers = handlers | part(self._served, self._operators).handlers
@@ -277,7 +278,7 @@ class GPUServer:
     def _turn_all(self, ready: list[Any]) -> None:
         """Admits new clients, then answers one request of each client that has one."""
         while (channel := self._listener.accept_nowait()) is not None:
-            self._answering.admit(Session(channel, self._served.geometry, self._kv_limit_bytes))
+            self._answering.admit(Session(channel, self._served.geometry, self.limits))
             self._clients_seen += 1
             log.info("client connected: %s", channel.peer)
         if self._answering.serve(ready, self._is_stopping):

@@ -254,7 +254,7 @@ class FusedOperators:
             self._check_tables(sent["cos"], sent["sin"])
         held = session.contexts.get(slot)
         nbytes = sum(tensor.nbytes for tensor in sent.values())
-        left = session.kv_limit_bytes - session.kv_bytes - session.context_bytes + (held.nbytes if held else 0)
+        left = session.limits.kv_bytes - session.kv_bytes - session.context_bytes + (held.nbytes if held else 0)
         if nbytes > left:
             raise RemoteError(
                 f"the context would need {nbytes} bytes and this client has {max(left, 0)} left; use a shorter prompt "

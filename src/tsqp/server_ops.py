@@ -21,6 +21,7 @@ from .batching import Request
 from .cuda import Graphs
 from .errors import ConfigError, MetaError, RemoteError
 from .in_slot import InSlot
+from .limits import Limits
 from .loading import ServedModel, ServedModule
 from .protocol import (
     FLOAT_DTYPES,
@@ -68,13 +69,13 @@ class Operators:
     Computation is in the model's dtype.
     """
 
-    def __init__(self, served: ServedModel, reply_limit_bytes: int) -> None:
+    def __init__(self, served: ServedModel, limits: Limits) -> None:
         self._served = served
         self._device = served.device
         self._on_cpu = served.device.type == "cpu"
-        self._graphs = Graphs() if served.device.type == "cuda" else None
+        self._graphs = Graphs(share=limits.graphs) if served.device.type == "cuda" else None
         self._dtype = served.dtype
-        self._reply_limit_bytes = reply_limit_bytes
+        self._reply_limit_bytes = limits.reply_bytes
         self._init_reply = model_info.pack(served.info)
         head = served.modules.get(served.info.lm_head)
         self._head = None if head is None else LinearTarget((head,), head.info.in_features)
@@ -130,7 +131,7 @@ class Operators:
         """h [.., in] through one or several linear modules, each to [.., out_i]."""
         target = self._target(session, msg, self._linear_target)
         (h,) = _tensors(msg, 1)
-        return self.linear(target, h), None
+        return self.linear(target, h, session), None
 
     def lm_head(self, session: Session, msg: Any) -> Reply:
         """h [.., in] through the model's output embedding to [.., vocab]."""
@@ -138,7 +139,7 @@ class Operators:
         if head is None:
             raise RemoteError("the model has no LM head", Status.UNKNOWN_MODULE)
         (h,) = _tensors(msg, 1)
-        return self.linear(head, h), None
+        return self.linear(head, h, session), None
 
     def matmul(self, session: Session, msg: Any) -> Reply:
         """a, b to ``torch.matmul(a, b)``, batch dimensions broadcast."""
@@ -171,7 +172,7 @@ class Operators:
             "requests": session.requests,
             "errors": session.errors,
             "kv_bytes": session.kv_bytes,
-            "kv_limit_bytes": session.kv_limit_bytes,
+            "kv_limit_bytes": session.limits.kv_bytes,
             "uptime_seconds": time.monotonic() - self._started,
         }
 
@@ -237,15 +238,18 @@ class Operators:
         except RemoteError:
             return None  # its answer will say what is wrong
 
-    def linear(self, target: LinearTarget, h: torch.Tensor) -> list[torch.Tensor]:
-        """``h`` [.., in], checked here, through the target's modules: one [.., out_i] each, on the device."""
+    def linear(self, target: LinearTarget, h: torch.Tensor, session: Session | None = None) -> list[torch.Tensor]:
+        """``h`` [.., in], checked here, through the target's modules: one [.., out_i] each, on the device.
+
+        ``session`` is whose request it is, None where it is several clients'.
+        """
         self._check_linear(h, target)
         wire = h.dtype
         if self._graphs is not None:
             on_device = h.to(self._device, non_blocking=True)
             key = (target.key, wire, h.shape)
             replies: list[torch.Tensor] = self._graphs.run(
-                key, partial(_through, target.modules, wire), on_device, target.rows(h)
+                key, partial(_through, target.modules, wire), on_device, target.rows(h), session
             )
             return replies
         return _through(target.modules, wire, h)

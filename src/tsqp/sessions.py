@@ -16,6 +16,7 @@ import torch
 from .cuda import PageLock
 from .errors import RemoteError
 from .layer_cache import EMPTY, LayerCache
+from .limits import Limits
 from .protocol import AttentionGeometry, Status
 
 #: Distinct metas remembered per client, and the bytes of the longest one remembered: a client can send any
@@ -24,8 +25,6 @@ _REMEMBERED_METAS = 4096
 _REMEMBERED_META_BYTES = 1024
 #: The sequence of clients that name none; numbers from a client are not negative.
 OWN = -1
-#: Sequences one client may have.
-_MAX_SEQUENCES = 4096
 
 
 class Growth:
@@ -52,6 +51,7 @@ class Session:
     """One connected client on the server."""
 
     __slots__ = (
+        "__weakref__",
         "_sequences",
         "channel",
         "context_bytes",
@@ -59,7 +59,7 @@ class Session:
         "errors",
         "geometry",
         "kv_bytes",
-        "kv_limit_bytes",
+        "limits",
         "page_lock",
         "pipelines",
         "requests",
@@ -70,10 +70,10 @@ class Session:
         "targets",
     )
 
-    def __init__(self, channel: Any, geometry: AttentionGeometry, kv_limit_bytes: int) -> None:
+    def __init__(self, channel: Any, geometry: AttentionGeometry, limits: Limits) -> None:
         self.channel = channel
         self.geometry = geometry
-        self.kv_limit_bytes = kv_limit_bytes
+        self.limits = limits
         self.kv_bytes = 0
         self.requests = 0
         self.errors = 0
@@ -137,9 +137,10 @@ class Session:
                 "reorder with batch_index or start afresh with keep=0",
                 Status.BAD_SHAPE,
             )
-        if sequence not in self._sequences and len(self._sequences) >= _MAX_SEQUENCES:
-            raise RemoteError(f"this client has {_MAX_SEQUENCES} sequences; drop some of its caches", Status.LIMIT)
-        budget = self.kv_limit_bytes - self.kv_bytes - self.context_bytes - reserved_bytes
+        most = self.limits.sequences
+        if sequence not in self._sequences and len(self._sequences) >= most:
+            raise RemoteError(f"this client has its limit of {most} sequences; drop some of its caches", Status.LIMIT)
+        budget = self.limits.kv_bytes - self.kv_bytes - self.context_bytes - reserved_bytes
         return Growth(held, drop, keep, batch_index, budget + (old.exclusive_bytes if old is not None else 0))
 
     def planned(
