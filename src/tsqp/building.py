@@ -24,7 +24,7 @@ from .remote import RemoteModule
 
 #: Config entries a server may not decide: they choose code to run (attention, experts, kernels) or a weight
 #: format.
-_FOREIGN_ENTRIES = ("attn_implementation", "experts_implementation", "quantization_config", "compile_config")
+FOREIGN_ENTRIES = ("attn_implementation", "experts_implementation", "quantization_config", "compile_config")
 #: What transformers raises for a config or weights it can't use.
 CHECKPOINT_FAULTS = (
     OSError,
@@ -56,7 +56,19 @@ def build_skeleton(
     Raises :class:`~tsqp.errors.ModelNotFoundError` where ``path`` holds no ``config.json`` and
     :class:`~tsqp.errors.ModelError` where transformers has no causal language model for the config.
     """
-    config = _config_of_server(info) if path is None else _config_of_path(path)
+    config = _config_of_server(info) if path is None else config_of_path(path)
+    model = make_empty(config, dtype, attn_implementation)
+    generation = _generation_config(path, info)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def make_empty(config: Any, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """A model of this config whose parameters are all on the meta device, in eval mode.
+
+    Raises :class:`~tsqp.errors.ModelError` where transformers has no causal language model for the config.
+    """
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
@@ -67,9 +79,6 @@ def build_skeleton(
         raise ModelError(
             f"transformers can't make a causal language model of type {config.model_type!r}: {error}"
         ) from error
-    generation = _generation_config(path, info)
-    if generation is not None:
-        model.generation_config = generation
     return model.eval().requires_grad_(False)
 
 
@@ -84,7 +93,10 @@ def require_checkpoint(path: str | os.PathLike[str]) -> Path:
     return place
 
 
-def _config_of_path(path: str | os.PathLike[str]) -> Any:
+def config_of_path(path: str | os.PathLike[str]) -> Any:
+    """The config of a local checkpoint directory; raises :class:`~tsqp.errors.ModelNotFoundError` and
+    :class:`~tsqp.errors.ModelError`.
+    """
     path = require_checkpoint(path)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -104,7 +116,7 @@ def _config_of_server(info: InitInfo) -> Any:
         raise ModelError(
             f"the server's config speaks of {layers} layers but only {len(info.modules)} modules are served"
         )
-    entries = {key: value for key, value in info.config.items() if key not in _FOREIGN_ENTRIES and key[:1] != "_"}
+    entries = {key: value for key, value in info.config.items() if key not in FOREIGN_ENTRIES and key[:1] != "_"}
     try:
         return CONFIG_MAPPING[model_type].from_dict(entries)
     except CHECKPOINT_FAULTS as error:
@@ -113,11 +125,16 @@ def _config_of_server(info: InitInfo) -> Any:
 
 def _generation_config(path: str | os.PathLike[str] | None, info: InitInfo) -> GenerationConfig | None:
     if path is not None:
-        if not (Path(path) / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_pretrained(path, local_files_only=True)
-    entries = {key: value for key, value in info.generation_config.items() if key not in _FOREIGN_ENTRIES}
+        return generation_config_of_path(path)
+    entries = {key: value for key, value in info.generation_config.items() if key not in FOREIGN_ENTRIES}
     return GenerationConfig.from_dict(entries) if entries else None
+
+
+def generation_config_of_path(path: str | os.PathLike[str]) -> GenerationConfig | None:
+    """What ``generation_config.json`` of a local checkpoint directory says; None where there is none."""
+    if not (Path(path) / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 def fill_trusted(model: nn.Module, trusted: dict[str, torch.Tensor]) -> None:

@@ -88,6 +88,25 @@ def takes_any(module: nn.Module) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
 
 
+def candidates(model: Any) -> list[list[str]]:
+    """What might be run whole, by structure alone: the full names of the layers, and of each one's attention and of
+    each one's MLP where all have one of each. Empty where the model has no list of its layers.
+
+    Raises :class:`AttributeError` where the config is not that of a decoder.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    container, layers = _layers(model, count)
+    if not layers:
+        return []
+    names = [[f"{container}.{number}" for number in range(count)]]
+    parts = [_parts(layer) for layer in layers]
+    if all(part is not None for part in parts):
+        names += [
+            [f"{container}.{number}.{part[kind]}" for number, part in enumerate(parts) if part] for kind in (0, 1)
+        ]
+    return names
+
+
 def find_layout(model: Any, device: torch.device) -> FusedLayout:
     """Watches one forward of ``model`` and tells what can be fused. Raises nothing: ``why`` tells."""
     try:
@@ -96,15 +115,9 @@ def find_layout(model: Any, device: torch.device) -> FusedLayout:
         implementation = _choose_attention(model)
     except _PROBE_FAULTS as error:
         return FusedLayout(why=f"the model's config is not that of a decoder ({type(error).__name__})")
-    container, layers = _layers(model, count)
-    if not layers:
+    names = candidates(model)
+    if not names:
         return FusedLayout(why=f"the model has no list of its {count} layers")
-    parts = [_parts(layer) for layer in layers]
-    names = [[f"{container}.{number}" for number in range(count)]]
-    if all(part is not None for part in parts):
-        names += [
-            [f"{container}.{number}.{part[kind]}" for number, part in enumerate(parts) if part] for kind in (0, 1)
-        ]
     try:
         seen = _watch(model, [name for group in names for name in group], hidden, device)
     except _PROBE_FAULTS as error:

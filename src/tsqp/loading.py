@@ -5,9 +5,8 @@ reply.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +165,12 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
+def described_modules(model: nn.Module) -> dict[str, ModuleInfo]:
+    """Kind and sizes of every linear and embedding module, by full name."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)))
+    return {name: _describe(module) for name, module in found}
+
+
 def _describe(module: nn.Module) -> ModuleInfo:
     if isinstance(module, nn.Embedding):
         return ModuleInfo("embedding", module.num_embeddings, module.embedding_dim)
@@ -184,21 +189,46 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _init_info(model: Any, served: ServedModel) -> InitInfo:
+    layers = tuple(module.name for module in served.layout.layers)
+    state = model.state_dict()
+    names = runners_own(state, served.modules, layers)
+    return describe_model(
+        model,
+        {name: module.info for name, module in served.modules.items()},
+        trusted=refuse_large({name: state[name].detach().cpu() for name in names}),
+        dtype=served.dtype,
+        layout=served.layout,
+        server=_about_server(served.device),
+    )
+
+
+def describe_model(
+    model: Any,
+    modules: dict[str, ModuleInfo],
+    *,
+    trusted: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    layout: FusedLayout,
+    server: dict[str, str],
+) -> InitInfo:
+    """What there is to know of ``model``, which may be on the meta device: ``modules`` are its linear and embedding
+    modules, ``trusted`` the values that none of them owns.
+    """
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     generation = getattr(model, "generation_config", None)
     return InitInfo(
-        config=model_info.without_private_keys(json.loads(model.config.to_json_string(use_diff=False))),
+        config=model_info.plain_config(model.config),
         generation_config={} if generation is None else model_info.without_private_keys(generation.to_dict()),
-        dtype=FLOAT_NAMES[served.dtype],
-        trusted=_trusted_state(model, served),
-        modules={name: module.info for name, module in served.modules.items()},
+        dtype=FLOAT_NAMES[dtype],
+        trusted=trusted,
+        modules=modules,
         embedding=names[id(embedding)] if isinstance(embedding, nn.Embedding) else "",
         lm_head=names[id(head)] if isinstance(head, nn.Linear) else "",
         tied=head is not None and embedding is not None and head.weight is embedding.weight,
         geometry=_geometry(model.config),
-        server=_about_server(served.device),
-        fused=served.layout,
+        server=server,
+        fused=layout,
     )
 
 
@@ -210,18 +240,23 @@ def _geometry(config: Any) -> AttentionGeometry:
     return AttentionGeometry(text.num_hidden_layers, heads, kv_heads, head_dim)
 
 
-def _trusted_state(model: nn.Module, served: ServedModel) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers no served module owns, on the CPU; refused unless they are small.
+def runners_own(state: Mapping[str, torch.Tensor], modules: Container[str], layers: tuple[str, ...]) -> Iterator[str]:
+    """The names in a state dict whose values a runner computes with itself: those no linear or embedding module owns.
 
-    Of a layer that can be run whole only vectors go: a runner that computes with its matrices (experts) itself
-    there is not.
+    ``modules`` are the names of these modules, ``layers`` those of the layers that can be run whole. Of such a layer
+    only vectors count: a runner that computes with its matrices (experts) itself there is not.
     """
-    layers = tuple(f"{module.name}." for module in served.layout.layers)
-    state = {
-        name: tensor.detach().cpu()
-        for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[0] not in served.modules and not (name.startswith(layers) and _is_matrix(tensor))
-    }
+    inside = tuple(f"{name}." for name in layers)
+    for name, tensor in state.items():
+        if name.rpartition(".")[0] not in modules and not (name.startswith(inside) and _is_matrix(tensor)):
+            yield name
+
+
+def refuse_large(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns ``state``, what a runner computes with itself, if it is small and of dtypes that can travel.
+
+    Raises :class:`~tsqp.errors.UnplacedParameterError` or :class:`~tsqp.errors.ModelError`.
+    """
     total = sum(tensor.nbytes for tensor in state.values())
     if total > model_info.MAX_TRUSTED_BYTES:
         largest = sorted(state, key=lambda name: -state[name].nbytes)[:4]

@@ -152,6 +152,11 @@ def unpack(tensors: Sequence[torch.Tensor]) -> InitInfo:
     )
 
 
+def plain_config(config: Any) -> dict[str, Any]:
+    """A transformers config as plain JSON types, defaults included, without entries that name code or local paths."""
+    return without_private_keys(json.loads(config.to_json_string(use_diff=False)))
+
+
 def without_private_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` as plain JSON types, without entries that name code or local paths, at any depth."""
     return _without_code(json.loads(json.dumps(config, default=str)))
