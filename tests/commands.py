@@ -23,7 +23,7 @@ LIMIT_S = 120.0
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 #: Variables of the machine the tests run on that would change what a command does.
 _OURS = ("LLAMA_MODEL_PATH", "LLAMA_GPU_DEVICE", "LLAMA_DTYPE", "LLAMA_IPC_PATH")
-_OURS += ("TSQP_MAX_SHM_CHUNK_BYTES", "TSQP_SHM_MAX_CHUNKS")
+_OURS += ("TSQP_MAX_SHM_CHUNK_BYTES", "TSQP_SHM_MAX_CHUNKS", "TSQP_TRUSTED_DIGEST")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ LAST_RESORT_S = 20.0
 SETTLE_S = 5.0
 #: Options of the user's own shell must not change what the tests do.
 _FOREIGN = ("LLAMA_MODEL_PATH", "LLAMA_GPU_DEVICE", "LLAMA_DTYPE", "LLAMA_IPC_PATH", "TSQP_ENCLAVE", "TSQP_THREADS")
+_FOREIGN += ("TSQP_TRUSTED_DIGEST",)
 _FOREIGN += ("TSQP_MAX_SHM_CHUNK_BYTES", "TSQP_SHM_MAX_CHUNKS", "TSQP_SHM_NAME", "TSQP_SHM_DIR")
 _SCRATCH = "pytest-tsqp-"
 

@@ -50,6 +50,11 @@ def model_path() -> str | None:
     return os.environ.get("LLAMA_MODEL_PATH") or None
 
 
+def trusted_digest() -> str | None:
+    """``TSQP_TRUSTED_DIGEST``, if set: the digest of the file of trusted weights."""
+    return os.environ.get("TSQP_TRUSTED_DIGEST") or None
+
+
 def device() -> str:
     """``LLAMA_GPU_DEVICE``, else the first CUDA device, else the CPU."""
     text = os.environ.get("LLAMA_GPU_DEVICE")

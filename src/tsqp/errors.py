@@ -189,5 +189,9 @@ class ModelNotFoundError(ModelError, FileNotFoundError):
     """The path holds no transformers checkpoint."""
 
 
+class UntrustedServerError(ModelError):
+    """The server says something else of its model than the trusted weights do; the message names what."""
+
+
 class UnplacedParameterError(ModelError):
     """The placement leaves parameters that neither side holds; the message names them."""

@@ -27,12 +27,14 @@ from .placement import EMBEDDING, LINEAR, LM_HEAD, Placement, get_placement
 from .remote import RemoteEmbedding, RemoteLinear, RemoteModule, SiblingGroup
 from .tiles import Tiling
 from .timing import Clock
+from .trusted_weights import from_options
 
 #: The attribute of a split model that holds its :class:`Attachment`.
 _ATTRIBUTE = "tsqp_attachment"
 _LAYER_NAME = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _CLIENT_OPTIONS = ("connect_timeout", "wait", "perf_log")
-_OPTIONS = ("attn_implementation", "tile_bytes", "mlp_tile_bytes", *_CLIENT_OPTIONS)
+_TRUST_OPTIONS = ("trusted_weights", "trusted_digest")
+_OPTIONS = ("attn_implementation", "tile_bytes", "mlp_tile_bytes", *_TRUST_OPTIONS, *_CLIENT_OPTIONS)
 
 
 def from_pretrained(
@@ -54,12 +56,19 @@ def from_pretrained(
     runner computes in; ``auto`` is the server's. ``options``: ``attn_implementation`` (of a placement that
     leaves attention in the runner), ``connect_timeout``, ``wait``, ``perf_log``, ``tile_bytes`` and
     ``mlp_tile_bytes`` (the attention of ``ops``, and gated MLPs, are worked on in row tiles of so many bytes where a
-    prompt is long, so that server and runner overlap; ``auto`` measures, 0 does without). With placement
+    prompt is long, so that server and runner overlap; ``auto`` measures, 0 does without), ``trusted_weights`` and
+    ``trusted_digest``. With placement
     ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
 
     ``keep_embedding`` leaves Embedding in the runner, so that token ids are never sent. Its table is read from the
     safetensors in ``path``, where they have it, else asked for from the server before any prompt. The server can
     still tell tokens from the hidden states and logits it gets: this alone is no confidentiality.
+
+    ``trusted_weights`` is a file of ``tsqp trust`` and ``trusted_digest`` the ``"sha256:HEX"`` that it printed
+    (default: ``TSQP_TRUSTED_DIGEST``): config, generation config, module sizes, norms and all else the runner computes
+    with come from that file, and what the server says of its model is only compared with it, before any prompt.
+    ``path``, if given, has to agree, too. Precision stays the server's choice (pin it with ``dtype``), and what the
+    server computes is not checked.
 
     Logits equal the stock model's to 1e-4 of the largest one in float32; a bfloat16 or float16 model is as
     far from the exact result as the stock model in that dtype, within a factor of two. A wire narrower than a
@@ -67,8 +76,9 @@ def from_pretrained(
 
     The model has ``tsqp_client``, ``tsqp_placement`` and ``close()``. Raises
     :class:`~tsqp.errors.ConfigError`, :class:`~tsqp.errors.ConnectError`,
-    :class:`~tsqp.errors.ModelNotFoundError`, :class:`~tsqp.errors.ModelError` and, for parameters no
-    placement covers, :class:`~tsqp.errors.UnplacedParameterError`.
+    :class:`~tsqp.errors.ModelNotFoundError`, :class:`~tsqp.errors.ModelError`,
+    :class:`~tsqp.errors.UntrustedServerError` and, for parameters no placement covers,
+    :class:`~tsqp.errors.UnplacedParameterError`.
     """
     chosen = get_placement(placement, keep_embedding)
     if not chosen.needs_server:
@@ -78,12 +88,17 @@ def from_pretrained(
         raise ConfigError(f"from_pretrained has no option {', '.join(sorted(unknown))}")
     if client is not None and (endpoint is not None or wire_dtype not in ("auto", client.wire_dtype)):
         raise ConfigError("a client has its endpoint and wire_dtype already; give them to the client only")
+    trust = from_options(*map(options.get, _TRUST_OPTIONS))
+    if trust is not None and path is not None:
+        trust.check_checkpoint(path)
     owned = client is None
     if client is None:
         connecting = {name: options[name] for name in _CLIENT_OPTIONS if name in options}
         client = GPUClient(endpoint, timeout=timeout, wire_dtype=wire_dtype, **connecting)
     try:
         info = client.init()
+        if trust is not None:
+            path, info = None, trust.checked(info)
         attention = options.get("attn_implementation") if chosen.attention == "runner" else None
         model = building.build_skeleton(path, info, building.resolve_dtype(dtype, info), attention)
         sizes = {name: options[name] for name in ("tile_bytes", "mlp_tile_bytes") if name in options}
@@ -103,19 +118,27 @@ def attach(
     tile_bytes: int | str = "auto",
     mlp_tile_bytes: int | str = "auto",
     keep_embedding: bool = False,
+    trusted_weights: str | os.PathLike[str] | None = None,
+    trusted_digest: str | None = None,
 ) -> PreTrainedModel:
     """Splits a loaded stock model in place; :func:`detach` (or ``model.close()``) gives it back as it was.
 
     The client's server has to serve the same model. The replaced modules, with their weights, are set aside,
-    not freed. With ``keep_embedding`` the model's own embedding stays where it is: token ids are never sent.
-    Returns ``model``. Raises :class:`~tsqp.errors.ModelError` where the model is attached already,
-    does not match the server's or can't be split; the model is unchanged then.
+    not freed. With ``keep_embedding`` the model's own embedding stays where it is: token ids are never sent. With
+    ``trusted_weights`` and ``trusted_digest`` (see :func:`from_pretrained`) both the model and what the server says of
+    its own are compared with that file first. Returns ``model``. Raises :class:`~tsqp.errors.ModelError` where the
+    model is attached already, does not match the server's or the file's or can't be split, and
+    :class:`~tsqp.errors.UntrustedServerError`; the model is unchanged then.
     """
     chosen = get_placement(placement, keep_embedding)
     if not chosen.needs_server:
         raise ConfigError(f"placement {chosen.name!r} uses no server; use the model as it is")
     tiling = Tiling(tile_bytes, mlp_tile_bytes, client.slot_bytes)
-    return _install(model, client, client.init(), chosen, owns_client=False, skeleton=False, tiling=tiling)
+    trust = from_options(trusted_weights, trusted_digest)
+    if trust is not None:
+        trust.check_model(model)
+    info = client.init() if trust is None else trust.checked(client.init())
+    return _install(model, client, info, chosen, owns_client=False, skeleton=False, tiling=tiling)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -213,6 +236,8 @@ class Attachment:
 
 
 def _local_model(path: Any, dtype: Any, placement: Placement, options: dict[str, Any]) -> PreTrainedModel:
+    if any(options.get(name) is not None for name in _TRUST_OPTIONS):
+        raise ConfigError(f"placement {placement.name!r} asks no server; leave out trusted_weights and trusted_digest")
     if path is None:
         raise ConfigError(f"placement {placement.name!r} needs the path of a local checkpoint")
     building.require_checkpoint(path)
