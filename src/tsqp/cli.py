@@ -1,5 +1,5 @@
 """The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
-``top``, ``doctor``, ``analyze``, ``clean``, ``bench``.
+``top``, ``doctor``, ``analyze``, ``clean``, ``trust``, ``bench``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import __version__, cli_bench, config
+from . import __version__, cli_bench, cli_trust, config
 from . import cli_options as options
 from .cli_parts import (
     checkpoint,
@@ -140,6 +140,8 @@ def generate(
     threads: options.Threads = None,
     stats: options.Stats = False,
     perf_log: options.PerfLog = None,
+    trusted_weights: options.TrustedWeights = None,
+    trusted_digest: options.TrustedDigest = None,
 ) -> None:
     """Continues a prompt with the model a server serves, and prints the text as it comes.
 
@@ -157,6 +159,7 @@ def generate(
         threads=threads,
         perf_log=perf_log,
         keep_embedding=keep_embedding,
+        trusted=(trusted_weights, trusted_digest),
     ) as split:
         from .streaming import PromptStreamer
 
@@ -181,6 +184,8 @@ def prefill(
     threads: options.Threads = None,
     stats: options.Stats = False,
     perf_log: options.PerfLog = None,
+    trusted_weights: options.TrustedWeights = None,
+    trusted_digest: options.TrustedDigest = None,
 ) -> None:
     """Times the prefill of a random prompt: seconds, tokens per second, round trips, bytes per carrier.
 
@@ -196,6 +201,7 @@ def prefill(
         threads=threads,
         perf_log=perf_log,
         keep_embedding=keep_embedding,
+        trusted=(trusted_weights, trusted_digest),
     ) as split:
         from .prefill import format_prefill, time_prefill
 
@@ -342,6 +348,7 @@ def clean(*, yes: options.Yes = False) -> None:
         print(f"{len(found)} segments, {total} bytes; remove them with: tsqp clean --yes")
 
 
+app.command(epilog=cli_trust.EXAMPLE)(cli_trust.trust)
 app.add_typer(cli_bench.app, name="bench")
 
 

@@ -158,6 +158,24 @@ PerfLog = Annotated[
         help="Write a row per round trip to FILE: a table, or .csv, .jsonl; tsqp analyze reads it.",
     ),
 ]
+TrustedWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="File of tsqp trust to take config and norms from; what the server says is only compared with it.",
+    ),
+]
+TrustedDigest = Annotated[
+    str | None,
+    typer.Option(
+        metavar="sha256:HEX",
+        show_default=False,
+        help="What tsqp trust printed for that file. Default: $TSQP_TRUSTED_DIGEST.",
+    ),
+]
+TrustOut = Annotated[str, typer.Option("--out", metavar="FILE", show_default=False, help="The file to write.")]
+WithEmbedding = Annotated[bool, typer.Option("--embedding", help="Write the embedding tables, too.")]
 Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")]
 Repeat = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs, after one that is not counted.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Remove them; without this they are only listed.")]

@@ -64,13 +64,14 @@ def split_model(
     threads: int | None,
     perf_log: str | None = None,
     keep_embedding: bool = False,
+    trusted: tuple[str | None, str | None] = (None, None),
     timeout: float | None = None,
     spins: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out.
 
-    ``timeout``: seconds one call of the server may take; None: what the library waits. ``spins``: whether the
-    terminal shows what is going on.
+    ``trusted`` are the file of trusted weights and its digest. ``timeout``: seconds one call of the server may take;
+    None: what the library waits. ``spins``: whether the terminal shows what is going on.
     """
     chosen = get_placement(placement, keep_embedding)
     if perf_log is not None and not chosen.needs_server:
@@ -94,6 +95,7 @@ def split_model(
             options["timeout"] = timeout
         if perf_log is not None:
             options["perf_log"] = perf_log
+        options |= {} if trusted == (None, None) else {"trusted_weights": trusted[0], "trusted_digest": trusted[1]}
         model = from_pretrained(path, where, chosen, wire_dtype, dtype, **options)
     if keep_embedding and chosen.needs_server:
         from .kept_embedding import NOTE
