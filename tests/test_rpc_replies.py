@@ -207,6 +207,11 @@ BAD_DOCUMENTS = {
     "a list": (lambda d: b"[]", "no JSON object"),
     "no config": (lambda d: d.pop("config") and None, "no valid 'config'"),
     "config a list": (lambda d: d.update(config=[]), "no valid 'config'"),
+    "config deep": (lambda d: d["config"].update(x=json.loads("[" * 40 + "]" * 40)), "nested over 32 deep"),
+    "config too deep to copy": (
+        lambda d: json.dumps(d).replace('"config": {', '"config": {"x": ' + "[" * 600 + "]" * 600 + ",", 1).encode(),
+        "nested over 32 deep",
+    ),
     "dtype": (lambda d: d.update(dtype="int8"), "dtype other than"),
     "tied a number": (lambda d: d.update(tied=1), "no valid 'tied'"),
     "geometry short": (lambda d: d.update(geometry=[1, 2]), "geometry"),

@@ -37,6 +37,8 @@ TRUSTED_DTYPES = {
 }
 TRUSTED_NAMES = {dtype: name for name, dtype in TRUSTED_DTYPES.items()}
 _MAX_NAME_CHARS = 256
+#: How deep a config may be nested: far below what ends in a RecursionError wherever it is copied or compared.
+_MAX_DEPTH = 32
 _MAX_MODULES = 1 << 20
 _MAX_FEATURES = 1 << 31
 _MAX_LAYERS = 1 << 16
@@ -162,11 +164,13 @@ def without_private_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return _without_code(json.loads(json.dumps(config, default=str)))
 
 
-def _without_code(value: Any) -> Any:
+def _without_code(value: Any, depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ProtocolError(f"the server's Init document holds a config nested over {_MAX_DEPTH} deep")
     if isinstance(value, dict):
-        return {k: _without_code(v) for k, v in value.items() if k not in PRIVATE_CONFIG_KEYS}
+        return {k: _without_code(v, depth + 1) for k, v in value.items() if k not in PRIVATE_CONFIG_KEYS}
     if isinstance(value, list):
-        return [_without_code(item) for item in value]
+        return [_without_code(item, depth + 1) for item in value]
     return value
 
 
