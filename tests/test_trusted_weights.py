@@ -104,6 +104,26 @@ def test_values_come_from_the_file_and_not_from_the_server(tmp_path: Path) -> No
         model.close()
 
 
+@pytest.mark.parametrize("from_path", [False, True])
+def test_a_kept_embedding_comes_from_the_file_alone(
+    llama: Made, server: GPUServer, from_path: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPUClient, "embedding", _never)
+    path = llama.checkpoint if from_path else None
+    digest = write_trusted_weights(llama.checkpoint, tmp_path / "with", embedding=True)
+    pinned = {"trusted_weights": tmp_path / "with", "trusted_digest": digest}
+    model = from_pretrained(path, server.endpoint, "ops", keep_embedding=True, **pinned)
+    assert torch.equal(model.get_input_embeddings().weight, llama.stock.get_input_embeddings().weight)
+    assert_same(logits(model), logits(llama.stock))
+    model.close()
+    with pytest.raises(ModelError, match=r"holds no model\.embed_tokens\.weight.*tsqp trust --embedding"):
+        from_pretrained(path, server.endpoint, "ops", keep_embedding=True, **llama.options)
+
+
+def _never(*_: Any, **__: Any) -> torch.Tensor:
+    raise AssertionError("the server was asked for an embedding")
+
+
 def test_a_loaded_model_is_attached_after_all_three_agree(llama: Made, server: GPUServer, tmp_path: Path) -> None:
     with GPUClient(server.endpoint) as client:
         model = make_model("llama", eos_token_id=5)

@@ -69,19 +69,26 @@ def tables(
     client: GPUClient,
     trusted: Mapping[str, Tensor],
     kept: Mapping[str, nn.Embedding],
-    path: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str] | None = None,
+    pinned: bool = False,
 ) -> dict[str, Tensor]:
     """The weights [num_embeddings, embedding_dim] of the ``kept`` embeddings that ``trusted`` does not hold, by
     parameter name, in private memory and each module's dtype.
 
     A module with a forward of its own (a scaled embedding) keeps it, unless its rows come from the server: these
-    are scaled already, and a plain embedding takes its place. Raises :class:`~tsqp.errors.ModelError` for a table
+    are scaled already, and a plain embedding takes its place. ``pinned``: ``trusted`` is a file's, pinned by its hash,
+    and a table that it lacks may come from nowhere else. Raises :class:`~tsqp.errors.ModelError` for a table
     that can't be had and :class:`~tsqp.errors.UnplacedParameterError` for a module whose rows the server can't
     tell.
     """
     found: dict[str, Tensor] = {}
     for name, module in kept.items():
         key = f"{name}.weight"
+        if pinned and key not in trusted:
+            raise ModelError(
+                f"the file of trusted weights holds no {key}, which keep_embedding needs; make it with "
+                "'tsqp trust --embedding'"
+            )
         table = None if key in trusted or path is None else _of_checkpoint(Path(path), _aliases(model, key), module)
         if key in trusted or table is not None:
             origin = "the trusted parameters" if table is None else "the checkpoint"

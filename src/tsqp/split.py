@@ -57,8 +57,8 @@ def from_pretrained(
     leaves attention in the runner), ``connect_timeout``, ``wait``, ``perf_log``, ``tile_bytes`` and
     ``mlp_tile_bytes`` (the attention of ``ops``, and gated MLPs, are worked on in row tiles of so many bytes where a
     prompt is long, so that server and runner overlap; ``auto`` measures, 0 does without), ``trusted_weights`` and
-    ``trusted_digest``. With placement
-    ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
+    ``trusted_digest``. With placement ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server,
+    ``options`` go there.
 
     ``keep_embedding`` leaves Embedding in the runner, so that token ids are never sent. Its table is read from the
     safetensors in ``path``, where they have it, else asked for from the server before any prompt. The server can
@@ -68,7 +68,8 @@ def from_pretrained(
     (default: ``TSQP_TRUSTED_DIGEST``): config, generation config, module sizes, norms and all else the runner computes
     with come from that file, and what the server says of its model is only compared with it, before any prompt.
     ``path``, if given, has to agree, too. Precision stays the server's choice (pin it with ``dtype``), and what the
-    server computes is not checked.
+    server computes is not checked. ``keep_embedding`` takes its table from that file, too, if it was made with
+    ``tsqp trust --embedding``, and else refuses.
 
     Logits equal the stock model's to 1e-4 of the largest one in float32; a bfloat16 or float16 model is as
     far from the exact result as the stock model in that dtype, within a factor of two. A wire narrower than a
@@ -103,7 +104,8 @@ def from_pretrained(
         model = building.build_skeleton(path, info, building.resolve_dtype(dtype, info), attention)
         sizes = {name: options[name] for name in ("tile_bytes", "mlp_tile_bytes") if name in options}
         tiling = Tiling(**sizes, slot_bytes=client.slot_bytes)
-        _install(model, client, info, chosen, owns_client=owned, skeleton=True, tiling=tiling, path=path)
+        tables = partial(kept_embedding.tables, path=path, pinned=trust is not None)
+        _install(model, client, info, chosen, owns_client=owned, skeleton=True, tiling=tiling, tables=tables)
     except BaseException:
         if owned:
             client.close()
@@ -262,7 +264,7 @@ def _install(
     owns_client: bool,
     skeleton: bool,
     tiling: Tiling,
-    path: str | os.PathLike[str] | None = None,
+    tables: Callable[..., dict[str, Tensor]] = kept_embedding.tables,
 ) -> PreTrainedModel:
     """Makes all changes of a split, or none."""
     if _ATTRIBUTE in vars(model):
@@ -279,8 +281,7 @@ def _install(
         if whole:
             fused.install(attachment, info.fused, whole)
         if skeleton:
-            tables = kept_embedding.tables(model, client, info.trusted, kept, path)
-            building.fill_trusted(model, {**info.trusted, **tables})
+            building.fill_trusted(model, {**info.trusted, **tables(model, client, info.trusted, kept)})
             building.remake_computed(model)
         building.refuse_unusable(model)
         if placement.attention == "server":
