@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gener
 
 from .client import InitInfo
 from .errors import ConfigError, ModelError, ModelNotFoundError, UnplacedParameterError
+from .plain_meta import PlainMeta
 from .protocol import FLOAT_DTYPES
 from .remote import RemoteModule
 
@@ -73,7 +74,7 @@ def make_empty(config: Any, dtype: torch.dtype, attn_implementation: str | None)
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), PlainMeta():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
     except CHECKPOINT_FAULTS as error:
         raise ModelError(

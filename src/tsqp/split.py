@@ -24,6 +24,7 @@ from .client import GPUClient, InitInfo
 from .errors import ConfigError, ModelError
 from .instrument import instrument
 from .placement import EMBEDDING, LINEAR, LM_HEAD, Placement, get_placement
+from .plain_meta import PlainMeta
 from .remote import RemoteEmbedding, RemoteLinear, RemoteModule, SiblingGroup
 from .tiles import Tiling
 from .timing import Clock
@@ -244,7 +245,8 @@ def _local_model(path: Any, dtype: Any, placement: Placement, options: dict[str,
         raise ConfigError(f"placement {placement.name!r} needs the path of a local checkpoint")
     building.require_checkpoint(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **options)
+        with PlainMeta():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **options)
     except building.CHECKPOINT_FAULTS as error:
         raise ModelError(f"the checkpoint in {path} can't be loaded: {error}") from error
     vars(model).update(tsqp_client=None, tsqp_placement=placement, close=_nothing_to_close)
