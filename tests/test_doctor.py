@@ -18,7 +18,7 @@ import zmq
 from commands import environment
 from doctoring import check, machine
 
-from tsqp import _kernels, doctor_cpu, doctor_echo, doctor_enclave, doctor_memory, doctor_software
+from tsqp import _kernels, doctor_cpu, doctor_enclave, doctor_memory, doctor_software
 from tsqp.doctor import CHECKS, as_json, examine, healthy, summary
 from tsqp.doctor_machine import NOTE, OK, PROBLEM, Finding, Machine, binary
 
@@ -232,16 +232,12 @@ def test_inside_gramine_nothing_is_asked_that_ends_or_hangs_a_process(
     check(found["shared_memory"], NOTE, "untrusted_shm")
     check(found["unix_sockets"], NOTE, "tcp://127.0.0.1")
     check(found["futex"], OK, "polling")
-    assert "another thread (inside an enclave" in found["echo"].found
-    assert found["echo"].figures["1 KB"]["round_trips"] > 0
+    check(found["echo"], NOTE, "the host, which also makes the ring", "tsqp health --endpoint tcp://")
 
 
-def test_inside_gramine_where_no_ring_can_be_made(
-    tmp_path: Path, shm_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TSQP_SHM_DIR", f"{shm_directory}/none")
-    found = doctor_echo.echo(machine(tmp_path, {"/dev/attestation/": ""}))
-    check(found, NOTE, "no ring can be made", "tsqp health --endpoint tcp://")
+def test_an_enclave_that_nobody_knows(tmp_path: Path) -> None:
+    check(doctor_enclave.enclave(machine(tmp_path, TSQP_ENCLAVE="sgx")), PROBLEM, "'sgx' is unknown", "gramine")
+    assert "without attestation" in doctor_enclave.enclave(machine(tmp_path, TSQP_ENCLAVE="gramine")).found
 
 
 # --- software

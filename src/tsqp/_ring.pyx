@@ -9,11 +9,14 @@ from libc.stdlib cimport free, malloc
 
 from . cimport _core as c
 
+import errno as error_numbers
 import os
 import weakref
 from typing import NamedTuple
 
 from . import errors as e
+from .enclave import check_waiting
+from .handshake import futex_works, in_gramine
 
 cdef uint64_t FOREVER = 0xFFFFFFFFFFFFFFFF
 # A wait is cut into slices; between them signals, the peer and the deadline are looked at.

@@ -21,6 +21,10 @@ cdef class Segment:
     @staticmethod
     def create(uint64_t max_chunk_bytes, uint64_t max_chunks, unsigned ring_count, name=None):
         """Creates a segment (mode 0600, space reserved). Raises SharedMemoryFullError, SegmentExistsError, ..."""
+        if in_gramine():
+            raise e.SegmentError(error_numbers.ENODEV, "no segment can be made inside Gramine, where its space can't be "
+                                 "reserved and a full /dev/shm would kill this process; have the process on the host "
+                                 "make it, and attach here by its handle()")
         cdef Segment self = Segment.__new__(Segment)
         cdef c.tsqp_geometry geometry = c.tsqp_geometry(max_chunk_bytes, max_chunks, ring_count)
         cdef bytes encoded = None if name is None else os.fsencode(name)

@@ -80,15 +80,18 @@ cdef class ShmRingBuffer:
         name: None creates a segment with a random name; a name attaches to it, or, with ``create=True``,
             creates it under this fixed name, which must start with ``tsqp``.
         session: the creator's session id, from :meth:`handle`; None skips that check.
-        wait: ``auto`` (spin while it pays, then block), ``spin``, ``block`` or ``poll`` (no futex).
+        wait: ``auto`` (spin while it pays, then block), ``spin``, ``block`` or ``poll`` (no futex). An end inside
+            Gramine polls; no futex of its reaches the end on the host, which has to be given ``poll``.
         spin_us: the longest spin before blocking, in microseconds.
 
     Raises:
         SharedMemoryFullError, SegmentNotFoundError, SegmentExistsError, SegmentPermissionError,
-        SegmentFormatError, SegmentVersionError, SegmentGeometryError, SegmentTruncatedError, ConfigError.
+        SegmentFormatError, SegmentVersionError, SegmentGeometryError, SegmentTruncatedError, ConfigError,
+        EndpointError (a wait that can't work inside Gramine).
 
     One process writes and one reads; which does which is decided by the first call. The creator's lock and the
-    attacher's lock on the file tell each end when the other died (`PeerDiedError`).
+    attacher's lock on the file tell each end when the other died (`PeerDiedError`). Inside Gramine there are no
+    locks, and no segment can be made: the process on the host makes it, and only a timeout tells of its death.
     """
 
     cdef readonly Segment segment
@@ -96,6 +99,7 @@ cdef class ShmRingBuffer:
     cdef Ring consumer
     cdef object _wait
     cdef double _spin_us
+    cdef bint _futex
     cdef bint _closed
 
     def __init__(self, max_chunk_bytes=10 << 20, max_chunks=10, name=None, session=None, *, create=None,
@@ -107,6 +111,8 @@ cdef class ShmRingBuffer:
                 raise e.SegmentGeometryError(f"{label}={value!r} is not a positive whole number of reasonable size")
         if create is None:
             create = name is None
+        check_waiting(wait)
+        self._futex = futex_works()
         if create:
             from .segments import check_directory  # which is made of what is defined here
 
@@ -150,10 +156,10 @@ cdef class ShmRingBuffer:
             check(c.TSQP_CLOSED, "this ring")
         if producer:
             if self.producer is None:
-                self.producer = Ring(self.segment, 0, True, self._wait, self._spin_us)
+                self.producer = Ring(self.segment, 0, True, self._wait, self._spin_us, self._futex)
             return self.producer
         if self.consumer is None:
-            self.consumer = Ring(self.segment, 0, False, self._wait, self._spin_us)
+            self.consumer = Ring(self.segment, 0, False, self._wait, self._spin_us, self._futex)
         return self.consumer
 
     def acquire_write(self, timeout=None, nbytes=None):
@@ -197,7 +203,7 @@ cdef class ShmRingBuffer:
                 ring.close()
         # An end that never used the ring in a direction still has to wake a peer that waits there.
         for producer in (True, False):
-            Ring(self.segment, 0, producer).close()
+            Ring(self.segment, 0, producer, futex=self._futex).close()
         self.segment.unlink()
 
     def __reduce__(self):

@@ -9,8 +9,8 @@ import stat
 
 import zmq
 
-from . import handshake as hs
 from .config import Endpoint, parse_endpoint
+from .enclave import check_listening
 from .errors import ConnectError, EndpointBusyError, EndpointError
 
 
@@ -47,6 +47,7 @@ def _bind_error(endpoint: Endpoint, error: OSError | zmq.ZMQError) -> EndpointEr
 def check_endpoint(text: str) -> None:
     """Raises :class:`EndpointError` or :class:`EndpointBusyError` where :func:`listen` would: before a long start-up,
     not after it. Binds nothing."""
+    check_listening(text)
     endpoint = parse_endpoint(text)
     if endpoint.scheme == "ipc":
         _refuse_busy(endpoint)
@@ -63,8 +64,6 @@ def check_endpoint(text: str) -> None:
 def bind(router: zmq.Socket, endpoint: Endpoint) -> str:
     """Binds and returns the endpoint with the port that was chosen."""
     if endpoint.scheme == "ipc":
-        if hs.in_gramine():
-            raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
         directory = os.path.dirname(endpoint.path)
         if not os.path.isdir(directory):
             raise EndpointError(f"the directory {directory} of {endpoint.text} does not exist; create it (mode 0700)")

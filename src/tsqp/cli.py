@@ -25,6 +25,7 @@ from rich.console import Console
 from . import __version__, cli_bench, cli_trust, config
 from . import cli_options as options
 from .cli_parts import (
+    check_demo,
     checkpoint,
     continue_prompt,
     load_tokenizer,
@@ -35,6 +36,7 @@ from .cli_parts import (
     split_model,
     status,
 )
+from .enclave import check_listening, check_outside
 from .errors import ConfigError, TsqpError
 from .exits import EXIT_ERROR, EXIT_OK, ended, termination_raises
 from .placement import get_placement
@@ -94,7 +96,7 @@ def serve(
     """Serves the heavy operators of a model until Ctrl-C or SIGTERM, then prints transfer statistics."""
     path = checkpoint(model)
     where = endpoint or config.default_endpoint()
-    config.parse_endpoint(where)
+    check_listening(where)
     with status("loading torch and transformers", plain=True) as tell:
         from .limits import Limits
         from .server import GPUServer
@@ -225,7 +227,7 @@ def demo(
     Starts a server process, generates text with the split model, then again with stock transformers in one
     process, and compares tokens and logits. Leaves with status 1 if the tokens differ.
     """
-    chosen = get_placement(placement, keep_embedding)
+    chosen = check_demo(placement, keep_embedding)
     from .demo import PROMPT
 
     with termination_raises():
@@ -336,6 +338,7 @@ def clean(*, yes: options.Yes = False) -> None:
     """
     from .segments import leftovers, reap
 
+    check_outside("tsqp clean", "nobody can tell there whose process is alive")
     found = leftovers()
     for segment in found:
         print(f"{segment.name}  {segment.nbytes} bytes  of process {segment.pid}, which is gone")

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import typer
 
 from .cli_parts import status
+from .enclave import check_outside
 from .errors import TsqpError
 
 #: Module of ``tsqp.benchmarks`` -> what it is for.
@@ -21,6 +22,9 @@ BENCHMARKS = {
     "compare": "Two results that were kept, figure by figure.",
 }
 
+#: Those that start no other process.
+ALONE = ("kernels", "compare")
+
 app = typer.Typer(
     help="Measures tsqp on this machine. Figures are kept as JSON with pictures beside it, and compared with earlier "
     "ones by --against. Each benchmark has options of its own: tsqp bench transport --help.",
@@ -32,13 +36,16 @@ app = typer.Typer(
 def run_benchmark(name: str, arguments: list[str]) -> int:
     """Runs one benchmark with its own options in this process; returns its exit status.
 
-    Raises :class:`~tsqp.errors.TsqpError` where this installation has no benchmarks.
+    Raises :class:`~tsqp.errors.TsqpError` where this installation has no benchmarks, and inside Gramine for one that
+    can't run there.
     """
     if find_spec("tsqp.benchmarks") is None:
         raise TsqpError(
             "this installation of tsqp has no benchmarks, which a complete one has; install tsqp anew from a wheel or "
             "a checkout"
         )
+    if name not in ALONE:
+        check_outside(f"tsqp bench {name}", "it starts processes, each of which would be an enclave of its own")
     with status("loading torch"):
         module = importlib.import_module(f"tsqp.benchmarks.{name}")
     return int(module.main(arguments, f"tsqp bench {name}"))

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import config
+from .enclave import check_connecting, check_outside
 from .errors import ConfigError, ModelError, ModelNotFoundError
 from .exits import one_line
-from .placement import get_placement
+from .placement import Placement, get_placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,9 @@ def split_model(
     if perf_log is not None and not chosen.needs_server:
         raise ConfigError(f"--perf-log has nothing to log with placement {placement}; leave one of them out")
     where = endpoint or config.default_endpoint()
-    config.parse_endpoint(where)
+    endpoint_at = config.parse_endpoint(where)
+    if chosen.needs_server:
+        check_connecting(endpoint_at)
     with status("loading torch and transformers", spins=spins) as tell:
         import torch
 
@@ -105,6 +108,14 @@ def split_model(
         yield model
     finally:
         model.close()
+
+
+def check_demo(placement: str, keep_embedding: bool = False) -> Placement:
+    """The demo's placement; ConfigError where it can't be shown here, before torch is loaded."""
+    chosen = get_placement(placement, keep_embedding)
+    if chosen.needs_server:
+        check_outside("tsqp demo", "it starts a server process, which would be an enclave of its own")
+    return chosen
 
 
 def load_tokenizer(path: str) -> Any:

@@ -12,18 +12,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from typing import IO
 
 import torch
 
-from ._ring import ShmRingBuffer
 from .channel import Channel
 from .doctor_machine import NOTE, OK, PROBLEM, Finding, Machine
 from .doctor_software import short_directory
-from .errors import ClosedError, ConnectError, PeerDiedError, SegmentError, TsqpError, WaitTimeoutError
+from .errors import ClosedError, ConnectError, PeerDiedError, TsqpError, WaitTimeoutError
 from .listener import Listener
 from .transport import connect
 
@@ -144,48 +142,13 @@ def answer(endpoint: str) -> None:
 
 
 def _inside() -> Finding:
-    """Inside Gramine a process is a new enclave, and binding a port ends it: a thread, and the ring alone."""
-    try:
-        return _told(_with_thread(), "another thread (inside an enclave no process is started)")
-    except (SegmentError, OSError) as error:
-        text = " ".join(str(error).split())
-        return Finding(
-            "echo",
-            NOTE,
-            f"Not measured: inside Gramine no ring can be made ({text}).",
-            "Have the server on the host make it: tsqp health --endpoint tcp://127.0.0.1:PORT goes all the way.",
-        )
-
-
-def _with_thread() -> dict[str, dict[str, float]]:
-    nbytes = max(SIZES.values())
-    with (
-        ShmRingBuffer(nbytes, _SLOTS, wait="poll") as there,
-        ShmRingBuffer(nbytes, _SLOTS, wait="poll") as back,
-        ShmRingBuffer(*there.handle(), wait="poll") as incoming,
-        ShmRingBuffer(*back.handle(), wait="poll") as outgoing,
-    ):
-        thread = threading.Thread(target=_answer_bytes, args=(incoming, outgoing), name="tsqp-doctor-echo")
-        thread.start()
-
-        def trip(data: torch.Tensor) -> torch.Tensor:
-            with there.acquire_write(_ANSWER_S, data.numel()) as slot:
-                slot[:] = data.numpy().data
-            with back.acquire_read(_ANSWER_S) as slot:
-                return torch.frombuffer(bytearray(slot), dtype=torch.uint8)
-
-        try:
-            return {size: _measure(trip, count) for size, count in SIZES.items()}
-        finally:
-            there.close()
-            thread.join()
-
-
-def _answer_bytes(incoming: ShmRingBuffer, outgoing: ShmRingBuffer) -> None:
-    with contextlib.suppress(ClosedError, PeerDiedError, WaitTimeoutError):
-        while True:
-            with incoming.acquire_read(_SILENCE_S) as data, outgoing.acquire_write(_ANSWER_S, len(data)) as slot:
-                slot[:] = data
+    """A process would be a new enclave, and neither a port can be bound nor a ring be made."""
+    return Finding(
+        "echo",
+        NOTE,
+        "Not measured: the other end of a ring is on the host, which also makes the ring.",
+        "Go all the way to a server there: tsqp health --endpoint tcp://127.0.0.1:PORT.",
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import Any
 
-from .doctor_machine import NOTE, OK, Finding, Machine
+from .doctor_machine import NOTE, OK, PROBLEM, Finding, Machine
 
 _SGX = ("/dev/sgx_enclave", "/dev/sgx/enclave", "/dev/isgx")
 _SGX_PROVISION = ("/dev/sgx_provision", "/dev/sgx/provision")
@@ -17,6 +17,10 @@ _YES = ("Y", "1")
 
 def enclave(machine: Machine) -> Finding:
     """Where the runner is protected, or could be."""
+    told = machine.environment.get("TSQP_ENCLAVE", "")
+    if told not in ("", "gramine"):
+        found = f"TSQP_ENCLAVE={told!r} is unknown: nothing connects or listens with it."
+        return Finding("enclave", PROBLEM, found, "Set it to gramine, or unset it.")
     signs = _signs(machine)
     if signs["gramine"]:
         return _in_gramine(signs)

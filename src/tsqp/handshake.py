@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgpack
 
-from .errors import ProtocolError
+from .errors import ConfigError, ProtocolError
 
 PROTOCOL = 1
 HELLO, WELCOME, REFUSE, READY, MESSAGE, BYE, PROBE = b"HWERMBP"
@@ -39,8 +39,15 @@ def open_envelope(frame: bytes | memoryview) -> tuple[int, int]:
 
 
 def in_gramine() -> bool:
-    """True inside a Gramine enclave or gramine-direct, where futexes and ipc:// do not reach the host."""
-    return os.path.exists("/dev/attestation") or os.environ.get("TSQP_ENCLAVE") == "gramine"
+    """True inside a Gramine enclave or gramine-direct, where futexes and ipc:// do not reach the host.
+
+    Raises :class:`ConfigError` where ``TSQP_ENCLAVE`` names something else: a runner that took itself for a plain
+    process would wait by what does not work there.
+    """
+    told = os.environ.get("TSQP_ENCLAVE", "")
+    if told not in ("", "gramine"):
+        raise ConfigError(f"TSQP_ENCLAVE={told!r} is unknown; set it to gramine, or unset it")
+    return told == "gramine" or os.path.exists("/dev/attestation")
 
 
 def futex_works() -> bool:

@@ -12,6 +12,7 @@ from ._channel import Watcher
 from ._ring import Doorbell, Segment
 from .binding import check_endpoint
 from .config import parse_endpoint
+from .enclave import check_listening
 from .errors import ClosedError, ConfigError, RingUsageError, WaitTimeoutError
 from .hub import Hub, HubOptions
 from .limits import MAX_HANDSHAKES, MAX_INBOX_MESSAGES, check_count
@@ -42,6 +43,7 @@ class Listener:
         reap: bool = True,
     ) -> None:
         parsed = parse_endpoint(endpoint)
+        check_listening(endpoint)
         for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
             if not isinstance(value, int) or not 0 < value < 1 << 63:
                 raise ConfigError(f"{label}={value!r} is not a positive whole number; give the slots' size and number")

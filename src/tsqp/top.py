@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from .enclave import check_outside
 from .errors import ConfigError
 from .overview import rates
 from .server_status import ask_status
@@ -31,6 +32,7 @@ def watch(endpoint: str, interval: float, once: bool) -> Iterator[dict[str, Any]
     """
     if not 0 < interval < 1e6:
         raise ConfigError(f"interval={interval!r} is not a positive number of seconds; give one")
+    check_outside("tsqp top", "a server answers it on a Unix socket, and none of the host's is reached from there")
     before = ask_status(endpoint, _ASK_TIMEOUT_S)
     while True:
         time.sleep(interval)

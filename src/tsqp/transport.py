@@ -14,7 +14,8 @@ from ._ring import Ring, Segment
 from .channel import Channel, close_at_exit
 from .choosing import ZMQ, Chooser, Cost, cost_of
 from .config import parse_endpoint
-from .errors import ConfigError, ConnectError, EndpointError, ProtocolError, SegmentPermissionError
+from .enclave import check_connecting
+from .errors import ConfigError, ConnectError, ProtocolError, SegmentPermissionError
 from .links import MAX_FRAME_BYTES, ClientLink, Link
 from .receiving import HeldMessage
 
@@ -124,10 +125,7 @@ def connect(
     check_carriers(threshold, large)
     check_limit(max_message_bytes)
     check_limit(max_inbox_bytes, "max_inbox_bytes")
-    if parsed.scheme == "ipc" and hs.in_gramine():
-        raise EndpointError("ipc:// never reaches the host from inside Gramine; use tcp://127.0.0.1:PORT")
-    if hs.in_gramine() and wait == "block":
-        raise EndpointError("wait='block' needs a futex, which never crosses the enclave's border; use auto or poll")
+    check_connecting(parsed, wait)
     link = ClientLink(endpoint, max_message_bytes, max_inbox_bytes)
     try:
         options = {"scheme": parsed.scheme, "large": large, "wait": wait, "spin_us": spin_us}
