@@ -13,7 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from commands import finish, processes_naming, short_directory, start, tsqp, wait_for
+from commands import finish, processes_naming, serving, short_directory, start, tsqp, tsqp_here, wait_for
+from models import make_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -199,6 +200,44 @@ def test_demo_takes_a_prompt(directory: Path) -> None:
     assert outcome.code == 0
     assert outcome.out.startswith("Blessed are")
     assert "1 new, equal to" in outcome.out
+
+
+def test_demo_uses_a_running_server(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(directory) as server:
+        for placement in ("linear", "layer"):
+            options = ("--endpoint", server.endpoint, "--placement", placement, "--max-new-tokens", "4")
+            outcome = tsqp_here(capsys, "demo", *options)
+            assert outcome.code == 0, outcome
+            assert outcome.out.startswith(PROMPT)
+            facts = facts_of(outcome.out)
+            assert facts["tokens"] == "4 new, equal to those of stock transformers in one process"
+            assert facts["transport"] == "shm+ipc"
+        assert server.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "bfloat16"), "computes in bfloat16, and the demo compares with float32; start it with"),
+        (("--model", "OTHER"), "the server does not serve this model"),
+    ],
+)
+def test_demo_refuses_a_server_of_something_else(
+    directory: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "OTHER" in arguments:
+        make_model("llama", directory / "other")
+    given = [str(directory / "other") if argument == "OTHER" else argument for argument in arguments]
+    with serving(directory, *given) as server:
+        outcome = tsqp_here(capsys, "demo", "--endpoint", server.endpoint)
+    assert outcome.code == 1
+    assert message in outcome.err, outcome.err
+
+
+def test_demo_without_a_server_takes_no_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = tsqp_here(capsys, "demo", "--placement", "local", "--endpoint", "ipc:///tmp/x")
+    assert outcome.code == 1
+    assert "--endpoint has no effect on placement local" in outcome.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

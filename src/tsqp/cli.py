@@ -221,13 +221,14 @@ def demo(
     max_new_tokens: options.MaxNewTokens = 48,
     placement: options.Placement = "ops",
     keep_embedding: options.KeepEmbedding = False,
+    endpoint: options.DemoEndpoint = None,
 ) -> None:
     """Shows the whole system at work on the embedded model, with nothing to set up.
 
-    Starts a server process, generates text with the split model, then again with stock transformers in one
-    process, and compares tokens and logits. Leaves with status 1 if the tokens differ.
+    Starts a server process (or uses that at --endpoint), generates text with the split model, then again with stock
+    transformers in one process, and compares tokens and logits. Leaves with status 1 if the tokens differ.
     """
-    chosen = check_demo(placement, keep_embedding)
+    chosen = check_demo(placement, endpoint, keep_embedding)
     from .demo import PROMPT
 
     with termination_raises():
@@ -235,7 +236,7 @@ def demo(
             from .demo.compare import print_comparison, run_demo
 
             quiet_progress_bars()
-            result = run_demo(PROMPT if prompt is None else prompt, max_new_tokens, chosen, tell)
+            result = run_demo(PROMPT if prompt is None else prompt, max_new_tokens, chosen, tell, endpoint)
         print_comparison(result, Console())
     if not result.tokens_equal:
         raise TsqpError("the split model's tokens differ from those of stock transformers, which is a fault of tsqp")

@@ -40,6 +40,15 @@ Endpoint = Annotated[
         "Default: $LLAMA_IPC_PATH, else a socket in your own runtime directory.",
     ),
 ]
+DemoEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="ENDPOINT",
+        show_default=False,
+        help="Use this running server of the embedded model (tsqp serve --dtype float32) instead of starting one.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

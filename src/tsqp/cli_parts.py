@@ -110,11 +110,17 @@ def split_model(
         model.close()
 
 
-def check_demo(placement: str, keep_embedding: bool = False) -> Placement:
-    """The demo's placement; ConfigError where it can't be shown here, before torch is loaded."""
+def check_demo(placement: str, endpoint: str | None, keep_embedding: bool = False) -> Placement:
+    """The demo's placement; ConfigError or EndpointError where it can't be shown here, before torch is loaded."""
     chosen = get_placement(placement, keep_embedding)
-    if chosen.needs_server:
-        check_outside("tsqp demo", "it starts a server process, which would be an enclave of its own")
+    if endpoint is not None:
+        if not chosen.needs_server:
+            raise ConfigError(f"--endpoint has no effect on placement {placement}; leave one of them out")
+        check_connecting(endpoint)
+    elif chosen.needs_server:
+        why = "it starts a server process, which would be an enclave of its own"
+        instead = "start tsqp serve --dtype float32 on the host and give --endpoint tcp://127.0.0.1:PORT"
+        check_outside("tsqp demo without --endpoint", why, instead)
     return chosen
 
 

@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..client import GPUClient
+from ..errors import ConfigError
 from ..placement import Placement
 from ..protocol import PROTECTION_LINE
 from ..split import from_pretrained
@@ -72,16 +74,24 @@ class Comparison:
         return int(unequal[0]) + 1 if len(unequal) else steps
 
 
-def run_demo(prompt: str, max_new_tokens: int, placement: Placement, progress: Progress) -> Comparison:
+def run_demo(
+    prompt: str, max_new_tokens: int, placement: Placement, progress: Progress, endpoint: str | None = None
+) -> Comparison:
     """Generates with the embedded model, split over a server process, and with stock transformers; compares.
 
     One thread per process, float32, greedy. ``progress`` gets one line per phase. The server is stopped on
-    return and on any exception.
+    return and on any exception. With ``endpoint`` it is one that runs already and goes on running; it has to serve the
+    embedded model in float32 (ModelError, ConfigError).
     """
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if placement.needs_server:
+    if endpoint is not None and placement.needs_server:
+        progress(f"connecting to {endpoint}")
+        with _demo_client(endpoint) as client:
+            model = from_pretrained(model_path(), client=client, placement=placement)
+            split, trips, stats = _run_split(model, inputs, max_new_tokens, progress)
+    elif placement.needs_server:
         with ServerProcess(model_path()) as server:
             progress("starting a server process")
             with server.connect() as client:
@@ -102,6 +112,21 @@ def run_demo(prompt: str, max_new_tokens: int, placement: Placement, progress: P
         total_trips=trips[1],
         stats=stats,
     )
+
+
+def _demo_client(endpoint: str) -> GPUClient:
+    client = GPUClient(endpoint)
+    try:
+        dtype = client.init().dtype
+        if dtype != "float32":
+            raise ConfigError(
+                f"the server at {endpoint} computes in {dtype}, and the demo compares with float32; start it with "
+                "tsqp serve --dtype float32"
+            )
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 def _run_split(
