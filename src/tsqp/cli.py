@@ -39,7 +39,6 @@ from .cli_parts import (
 from .enclave import check_listening, check_outside
 from .errors import ConfigError, TsqpError
 from .exits import EXIT_ERROR, EXIT_OK, ended, termination_raises
-from .placement import get_placement
 from .report_files import report_files
 
 app = typer.Typer(
