@@ -123,6 +123,7 @@ def test_the_digest_may_come_from_the_environment(
 def test_local_takes_no_trusted_weights(llama: Made) -> None:
     with pytest.raises(ConfigError, match="'local' asks no server"):
         from_pretrained(llama.checkpoint, placement="local", **llama.options)
+    from_pretrained(llama.checkpoint, placement="local", trusted_weights=None, trusted_digest=None).close()
 
 
 def test_no_file_no_fifo_no_directory(tmp_path: Path, llama: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,7 +239,7 @@ class Attachment:
 
 
 def _local_model(path: Any, dtype: Any, placement: Placement, options: dict[str, Any]) -> PreTrainedModel:
-    if any(options.get(name) is not None for name in _TRUST_OPTIONS):
+    if any(options.pop(name, None) is not None for name in _TRUST_OPTIONS):
         raise ConfigError(f"placement {placement.name!r} asks no server; leave out trusted_weights and trusted_digest")
     if path is None:
         raise ConfigError(f"placement {placement.name!r} needs the path of a local checkpoint")
