@@ -21,16 +21,30 @@ def _refuse_busy(endpoint: Endpoint) -> None:
             raise EndpointError(f"{endpoint.path} exists and is no socket; choose another path or remove it")
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise EndpointError(f"{endpoint.text} can't be used: {error.strerror}; choose another endpoint") from None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(endpoint.path)
         except ConnectionRefusedError:
-            os.unlink(endpoint.path)
+            _unlink(endpoint)
             return
         except OSError as error:
             raise EndpointBusyError(error.errno, f"{endpoint.text} can't be probed: {error.strerror}") from None
     raise _busy(endpoint)
+
+
+def _unlink(endpoint: Endpoint) -> None:
+    try:
+        os.unlink(endpoint.path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise EndpointError(
+            f"a socket that nobody serves is in the way at {endpoint.path} and can't be removed: {error.strerror}; "
+            "remove it as its owner, or choose another endpoint"
+        ) from None
 
 
 def _busy(endpoint: Endpoint) -> EndpointBusyError:

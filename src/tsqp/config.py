@@ -75,7 +75,7 @@ def socket_directory() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime) / "tsqp"
-    return Path(tempfile.gettempdir()) / f"tsqp-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"tsqp-{os.geteuid()}"
 
 
 def default_endpoint() -> str:

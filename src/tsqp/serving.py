@@ -25,10 +25,15 @@ def make_default_directory(endpoint: config.Endpoint) -> None:
 
 
 def make_private(directory: Path) -> None:
-    """Makes a directory that is this user's alone; refuses one that somebody else put there."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    """Makes a directory that is this user's alone; refuses one that somebody else put there, and a link to one."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+    except OSError as error:  # a link to nowhere, or a file
+        raise EndpointError(
+            f"{directory} can't be made: {error.strerror}; remove it or name another endpoint"
+        ) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise EndpointError(
             f"{directory} is not a directory of mode 0700 that belongs to you; remove it or name another endpoint"
         )
