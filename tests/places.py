@@ -7,6 +7,7 @@ import resource
 from multiprocessing.connection import Connection
 from typing import Any
 
+import zmq
 from peers import PATIENCE_S, obey
 from wire_bytes import check_numbered, numbered
 
@@ -107,3 +108,16 @@ def as_nobody(wire: Connection, function: str, endpoint: str, options: dict[str,
     os.setuid(NOBODY)
     with getattr(tsqp, function)(endpoint, **options):
         wire.send("works")
+
+
+def router_of_nobody(wire: Connection, path: str) -> None:
+    """A server of another user, with whatever it hears until it is told to stop."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        router.bind(f"ipc://{path}")
+        wire.send("bound")
+        wire.recv()
+        wire.send(bool(router.poll(0)))

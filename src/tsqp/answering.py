@@ -129,6 +129,8 @@ class Answering:
         is for want of room for its reply.
         """
         channel = session.channel
+        if channel.closed:  # by the listener
+            raise ClosedError("it is not let in any more")
         # Not read before its reply has room: a client that takes no replies must not block the others.
         if not session.room:
             sending: bool = channel.sending

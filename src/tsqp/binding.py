@@ -11,7 +11,7 @@ import zmq
 
 from .config import Endpoint, parse_endpoint
 from .enclave import check_listening
-from .errors import ConnectError, EndpointBusyError, EndpointError
+from .errors import AuthenticationError, ConnectError, EndpointBusyError, EndpointError
 
 
 def _refuse_busy(endpoint: Endpoint) -> None:
@@ -82,6 +82,7 @@ def bind(router: zmq.Socket, endpoint: Endpoint) -> str:
         if not os.path.isdir(directory):
             raise EndpointError(f"the directory {directory} of {endpoint.text} does not exist; create it (mode 0700)")
         _refuse_busy(endpoint)
+    router.setsockopt(zmq.IPV6, ":" in endpoint.host)
     text = endpoint.text if endpoint.port or endpoint.scheme == "ipc" else f"tcp://{endpoint.host}:*"
     try:
         router.bind(text)
@@ -94,16 +95,22 @@ def bind(router: zmq.Socket, endpoint: Endpoint) -> str:
 
 
 def check_permission(endpoint: str) -> None:
-    """Raises ConnectError where a socket is there and may not be used: libzmq would try again, in silence, for ever."""
+    """Raises ConnectError where a socket is there and may not be used, as libzmq would try again, in silence, for ever;
+    AuthenticationError where somebody else put it there: it is not even connected to."""
     scheme, _, path = endpoint.partition("://")
     if scheme != "ipc":
         return
     try:
-        os.stat(path)
+        owner = os.stat(path).st_uid
         allowed = os.access(path, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
     except PermissionError:
-        allowed = False
+        owner, allowed = os.geteuid(), False
     except OSError:
         return  # no server yet; it may start later
+    if owner not in (os.geteuid(), 0):
+        raise AuthenticationError(
+            f"the socket of {endpoint} belongs to user {owner}, and this is user {os.geteuid()}; run both ends as one "
+            "user (a server may be root's)"
+        )
     if not allowed:
         raise ConnectError(f"the socket of {endpoint} may not be used by this user; run both ends as one user")

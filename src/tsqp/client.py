@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import config
+from . import config, curve
 from .calls import Protection
 from .errors import ConfigError
 from .fused_requests import FusedRequests, KvSequence
@@ -39,7 +39,8 @@ class GPUClient:
     ``endpoint``: as the server's. ``timeout``: seconds one call may take, None for ever. ``wire_dtype``: the
     dtype of activations on the wire, ``auto`` (the served model's), ``float32``, ``bfloat16`` or ``float16``.
     ``wait``: how to wait for a reply, see :func:`connect`. ``max_in_flight``: how many requests may be under way
-    at once. ``perf_log``: a file to write a row per round trip to, see :mod:`tsqp.perf_log`.
+    at once. ``perf_log``: a file to write a row per round trip to, see :mod:`tsqp.perf_log`. ``curve_key``,
+    ``curve_server``: this client's secret-key file and the server's public-key file, see :func:`connect`.
 
     Inputs are cast to the wire dtype before they are sent; the server computes in its model's dtype and
     rounds the result to the wire dtype; results come back in the caller's dtype. Each rounding has a relative
@@ -76,6 +77,8 @@ class GPUClient:
         protection: Protection | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         perf_log: str | os.PathLike[str] | None = None,
+        curve_key: curve.PathLike | None = None,
+        curve_server: curve.PathLike | None = None,
     ) -> None:
         if wire_dtype != "auto" and wire_dtype not in FLOAT_DTYPES:
             raise ConfigError(f"wire_dtype {wire_dtype!r} is unknown; give auto, {', '.join(FLOAT_DTYPES)}")
@@ -87,7 +90,15 @@ class GPUClient:
         self._protection_name = "none" if protection is None else protection.name
         wire = None if wire_dtype == "auto" else FLOAT_DTYPES[wire_dtype]
         # None of these knows the client: a cycle would keep a dropped client's connection until the collector comes.
-        self._channel = connect(self.endpoint, timeout=connect_timeout, shm=shm, large=large, wait=wait)
+        self._channel = connect(
+            self.endpoint,
+            timeout=connect_timeout,
+            shm=shm,
+            large=large,
+            wait=wait,
+            curve_key=curve_key,
+            curve_server=curve_server,
+        )
         self._flight = InFlight(self._channel, max_in_flight, timeout)
         self._requests = Requests(self.telemetry, self._flight.ask, wire, protection)
         #: Sends a request made by hand and returns its result.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,12 @@ MAX_CHUNK_BYTES = 10 << 20
 MAX_CHUNKS = 10
 #: ``sun_path`` holds 108 bytes with its terminating zero.
 MAX_IPC_PATH_BYTES = 107
+#: Where key files may be named instead of in an argument.
+CURVE_VARIABLES = {
+    "curve_key": "TSQP_CURVE_KEY",
+    "curve_server": "TSQP_CURVE_SERVER",
+    "curve_clients": "TSQP_CURVE_CLIENTS",
+}
 WAITS = ("auto", "spin", "block", "poll")
 
 
@@ -84,6 +92,17 @@ def default_endpoint() -> str:
     if text:
         return text if "://" in text else f"ipc://{text}"
     return f"ipc://{socket_directory() / 'server.sock'}"
+
+
+@contextmanager
+def without_keys() -> Iterator[None]:
+    """Inside the block the environment names no keys: for connections of a command to its own child processes."""
+    names = CURVE_VARIABLES.values()
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import IO
 import torch
 
 from .channel import Channel
+from .config import without_keys
 from .doctor_machine import NOTE, OK, PROBLEM, Finding, Machine
 from .doctor_software import short_directory
 from .errors import ClosedError, ConnectError, PeerDiedError, TsqpError, WaitTimeoutError
@@ -95,7 +96,8 @@ def _measure(trip: Callable[[torch.Tensor], torch.Tensor], nbytes: int) -> dict[
 def _with_child(listener: Listener) -> dict[str, dict[str, float]]:
     command = [sys.executable, "-m", "tsqp.doctor_echo", listener.endpoint]
     with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
+        with without_keys():
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
         try:
             with _accept(listener, child, said) as channel:
                 return {size: _measure(lambda data: _trip(channel, data), nbytes) for size, nbytes in SIZES.items()}

@@ -13,6 +13,7 @@ from . import handshake as hs
 from ._ring import Segment
 from .admission import Admission, Hello
 from .connections import Peer
+from .curve import ServerKeys
 from .errors import ProtocolError, SegmentError, SharedMemoryFullError
 from .links import ServerLink
 from .transport import Channel
@@ -48,6 +49,7 @@ class HubOptions:
     max_inbox_messages: int
     max_message_bytes: int
     max_handshakes: int
+    keys: ServerKeys | None = None
 
 
 @dataclass

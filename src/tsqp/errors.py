@@ -16,6 +16,10 @@ class ConfigError(TsqpError, ValueError):
     """An option, argument or environment variable has a value that can't work."""
 
 
+class KeyFileError(ConfigError):
+    """A file or directory of CURVE keys is missing, damaged, in the way, or open to others."""
+
+
 # --- waiting and peers -------------------------------------------------------------------------------------
 
 
@@ -147,6 +151,10 @@ class EndpointError(TsqpError, ValueError):
     """The endpoint is malformed, its path is too long, or it can't work here."""
 
 
+class InsecureEndpointError(EndpointError):
+    """The endpoint reaches beyond this host and this end has no keys."""
+
+
 class EndpointBusyError(_SystemError):
     """Another live process already listens on the endpoint."""
 
@@ -157,6 +165,10 @@ class DescriptorsExhaustedError(_SystemError):
 
 class ConnectError(TsqpError, ConnectionError):
     """No server answered at the endpoint, or it refused the connection."""
+
+
+class AuthenticationError(ConnectError):
+    """The other end is not one to talk to: keys do not fit, only one end has some, or another user runs it."""
 
 
 class ProtocolError(TsqpError):

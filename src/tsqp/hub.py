@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from typing import Any
 
@@ -27,10 +29,13 @@ from .config import Endpoint
 from .connections import Connections
 from .descriptors import Reserve
 from .door import AT_ONCE, LEAVE_S, Client, Door, HubOptions
+from .door_lock import DoorLock
 from .errors import ProtocolError
 from .fixed_segment import FixedSegment
 from .links import ServerLink, frame_limit
 from .transport import Channel, make_channel
+
+log = logging.getLogger("tsqp.listener")
 
 _RETRY_MS = 10
 #: How often file descriptors are looked after.
@@ -63,6 +68,8 @@ class Hub:
         self.accepted: deque[Channel] = deque()
         self._numbers = itertools.count()
         self.channels: list[Channel] = []  # in the order of connecting, which is that of their numbers
+        #: Channels closed here and not by their users, who may want to know.
+        self.outcasts: deque[weakref.ref[Channel]] = deque()
         self.failure: BaseException | None = None  # what ended the I/O thread
         self.clients: dict[bytes, Client] = {}
         self.connections = Connections()
@@ -81,6 +88,7 @@ class Hub:
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
+        self._lock: DoorLock | None = None
         self._socket_path = ""  # ours to remove, once it is bound
         try:
             self._open(endpoint)
@@ -96,7 +104,9 @@ class Hub:
         self._router.setsockopt(zmq.RCVHWM, _LIBZMQ_AHEAD)
         self._router.setsockopt(zmq.HANDSHAKE_IVL, int(door.HANDSHAKE_TIMEOUT_S * 1000))
         self._router.setsockopt(zmq.MAXMSGSIZE, frame_limit(self.options.max_message_bytes))
-        self._monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._lock = DoorLock(self._context, self._router, endpoint.scheme == "ipc", self.options.keys)
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | self._lock.events
+        self._monitor = self._router.get_monitor_socket(events)
         self.endpoint = bind(self._router, endpoint)
         self._socket_path = endpoint.path
 
@@ -123,12 +133,17 @@ class Hub:
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._wake_r, zmq.POLLIN)
+        lock = self._lock
+        assert lock is not None
+        lock.register(poller)
         try:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
                 self.reserve.look()
                 self.fixed.look()
                 self._drain_wake()
+                for identity in lock.look(self.clients, self._hellos):
+                    self._expel(identity)
                 self.take_messages()
                 self._take_events()
                 self._door.answer()
@@ -155,11 +170,13 @@ class Hub:
             self._router.disable_monitor()
             self._monitor.close(0)
         if self._socket_path:  # libzmq leaves it; before the close, while nobody else can have bound it
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone, or not ours to remove any more
                 os.unlink(self._socket_path)
         self._outbox.clear()  # gives back memory a sender still waits for
         # Goodbyes are with libzmq by now; give them a moment to leave.
         self._router.close(200)
+        if self._lock is not None:
+            self._lock.close()
         self.owner = None
         self._context.term()
         self.reserve.close()
@@ -193,9 +210,25 @@ class Hub:
 
     def cut_off(self, identity: bytes, fd: int, why: str) -> None:
         """Ends a connection for its own fault, and says so."""
-        self._drop(identity, f"it broke the protocol: {why}")
-        self.say(identity, hs.BYE, hs.Refuse(why[:500]))
+        self._end(identity, fd, f"it broke the protocol: {why}", why)
+
+    def _end(self, identity: bytes, fd: int, reason: str, told: str) -> None:
+        self._drop(identity, reason)
+        self.say(identity, hs.BYE, hs.Refuse(told[:500]))
         self.connections.end_at(fd, time.monotonic() + _CUT_OFF_S)
+
+    def _expel(self, identity: bytes) -> None:
+        """Cuts off a client whose key is gone, at once: whatever it has put into its ring is read by nobody."""
+        client = self.clients.get(identity)
+        if client is not None and client.channel is not None:
+            client.channel.close()  # first: nobody can read from it any more
+            self.outcasts.append(weakref.ref(client.channel))
+            log.warning("cut off %s: its key was removed", client.channel.peer)
+        known = client or self._hellos.get(identity)
+        if known is not None:
+            why = "its key was removed from the server's directory"
+            self._end(identity, known.fd, why, why)
+        self._bell.ring()
 
     def _take(self, parts: list[zmq.Frame]) -> None:
         identity, fd = parts[0].bytes, int(parts[-1].get(zmq.SRCFD))
@@ -207,6 +240,12 @@ class Hub:
             self._drop(identity, _CLOSED)
             client = None
         if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
+            assert self._lock is not None
+            refusal = self._lock.refusal(identity, parts[1])
+            if refusal:
+                self.say(identity, hs.REFUSE, hs.Refuse(refusal))
+                self.connections.end_at(fd, time.monotonic() + LEAVE_S)
+                return
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
             now = time.monotonic()
@@ -293,6 +332,10 @@ class Hub:
             fd = int(event["value"])
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self.connections.accepted(fd, time.monotonic() + door.HANDSHAKE_TIMEOUT_S)
+                continue
+            if event["event"] != zmq.EVENT_DISCONNECTED:
+                if self._lock is not None:
+                    self._lock.hear(event)
                 continue
             self.connections.ended(fd)
             for identity in [identity for identity, hello in self._hellos.items() if hello.fd == fd]:

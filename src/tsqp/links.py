@@ -22,8 +22,10 @@ from zmq.utils.monitor import recv_monitor_message
 from . import descriptors
 from . import handshake as hs
 from .binding import check_permission
+from .curve import ClientKeys
 from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
 from .frames import SLICE_S, multipart, slice_until, trackers, wait_sent
+from .greeting import EVENTS, Greeting
 
 #: One frame of a peer may not be larger; libzmq drops a connection that tries.
 MAX_FRAME_BYTES = 4 << 30
@@ -89,7 +91,9 @@ class ClientLink:
     the socket meanwhile may swallow the descriptor's edge, takes what came, and wakes the waiter by a pipe.
     """
 
-    def __init__(self, endpoint: str, max_message_bytes: int, max_inbox_bytes: int) -> None:
+    def __init__(
+        self, endpoint: str, max_message_bytes: int, max_inbox_bytes: int, keys: ClientKeys | None = None
+    ) -> None:
         check_permission(endpoint)
         descriptors.require(descriptors.CONNECTING, f"connect to {endpoint}")
         self._lock = threading.RLock()
@@ -99,7 +103,11 @@ class ClientLink:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_limit(max_message_bytes))
         self._socket.setsockopt(zmq.RCVHWM, _LIBZMQ_AHEAD)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._socket.setsockopt(zmq.IPV6, ":" in endpoint.partition("://")[2].rpartition(":")[0])
+        if keys is not None:
+            keys.apply(self._socket)
+        self._greeting = Greeting(endpoint, keys is not None)
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
         self._connected = False
         self._reason: str | None = None
         self._said_bye = False
@@ -121,10 +129,24 @@ class ClientLink:
         self._finalizer.atexit = False  # what is open then is closed as it should be
         self._socket.connect(endpoint)
 
+    def meet(self, deadline: float) -> str | None:
+        """Waits for a server that is one to talk to, before anything is said; returns None, or at `deadline` what is
+        known of why there is none, perhaps nothing. Raises AuthenticationError."""
+        while True:
+            self.dead()
+            if self._connected:
+                return None
+            if self._greeting.error is not None:
+                raise self._greeting.error
+            seconds = slice_until(deadline)
+            if not seconds:
+                return self._greeting.hint
+            self._monitor.poll(int(seconds * 1000) or 1)
+
     def say(self, kind: int, body: bytes) -> None:
-        """Sends a handshake message."""
-        with self._lock:
-            self._socket.send_multipart([hs.envelope(kind), body])
+        """Sends a handshake message; :meth:`hear` tells if the server was gone."""
+        with self._lock, contextlib.suppress(zmq.Again):
+            self._socket.send_multipart([hs.envelope(kind), body], flags=zmq.NOBLOCK)
 
     def hear(self, deadline: float) -> tuple[int, bytes] | None:
         """The next handshake message, or None at `deadline`. Raises PeerDiedError once the server that took our
@@ -251,9 +273,10 @@ class ClientLink:
         check_process(self._pid)
         with self._lock:
             while self._reason is None and not self._closed and _has_message(self._monitor):
-                if recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self._connected = True
-                elif self._connected:  # else nobody spoke yet: libzmq tries again, and our hello still waits
+                event = recv_monitor_message(self._monitor)
+                if not self._connected:  # a connection that ends before it is one: libzmq tries again
+                    self._connected = self._greeting.hear(event["event"], event["value"])
+                elif event["event"] == zmq.EVENT_DISCONNECTED:
                     self._reason = "its end of the control connection was closed"
             return self._reason
 
@@ -277,8 +300,9 @@ class ClientLink:
             self._wake()
             # Not for ever: a signal handler may close the channel in whose wait it runs.
             self._nobody_waits.wait_for(lambda: self._waiting == 0, 2 * SLICE_S)
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
+            if not nobody:
+                with contextlib.suppress(zmq.ZMQError):
+                    self._socket.send(hs.envelope(hs.BYE), flags=zmq.NOBLOCK)
             _close_sockets(*self._sockets, 0 if nobody else _FAREWELL_MS)
         self._context.term()
 

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 
-from . import descriptors, segments
+from . import curve, descriptors, segments
 from . import handshake as hs
 from ._channel import Watcher
 from ._ring import Doorbell, Segment
@@ -41,9 +41,11 @@ class Listener:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_handshakes: int = MAX_HANDSHAKES,
         reap: bool = True,
+        keys: curve.ServerKeys | None = None,
     ) -> None:
         parsed = parse_endpoint(endpoint)
         check_listening(endpoint)
+        curve.check_reach(parsed, keys)
         for label, value in (("max_chunk_bytes", max_chunk_bytes), ("max_chunks", max_chunks)):
             if not isinstance(value, int) or not 0 < value < 1 << 63:
                 raise ConfigError(f"{label}={value!r} is not a positive whole number; give the slots' size and number")
@@ -66,6 +68,7 @@ class Listener:
             max_inbox_messages=max_inbox_messages,
             max_message_bytes=max_message_bytes,
             max_handshakes=max_handshakes,
+            keys=keys,
         )
         self.max_chunk_bytes, self.max_chunks, self.max_clients = max_chunk_bytes, max_chunks, max_clients
         self._bell = Doorbell(spin_us, hs.futex_works(), wait)
@@ -109,13 +112,16 @@ class Listener:
         """Waits for work over all accepted channels, in one thread.
 
         Returns the channels that have a message, or whose peer is gone, each at most once and in an order that
-        rotates from call to call; an empty list after `timeout` seconds or when a new client wants to be accepted.
+        rotates from call to call; an empty list after `timeout` seconds or when a new client wants to be accepted. A
+        channel that was closed here because its client's key was removed is returned once, too.
         """
         deadline = time.monotonic() + (timeout if timeout is not None else 1e9)
         while True:
             self._check_open()
             channels = self._hub.channels.copy()  # the I/O thread may change it
             ready = self._watcher.ready(channels)
+            if self._hub.outcasts:
+                ready += self._take_outcasts(ready)
             if ready:
                 return self._rotate(ready)
             left = deadline - time.monotonic()
@@ -130,6 +136,10 @@ class Listener:
             raise ClosedError(f"the listener on {self.endpoint} is closed")
         if self._hub.failure is not None:
             raise ClosedError(f"the listener on {self.endpoint} failed: {self._hub.failure!r}; start it again")
+
+    def _take_outcasts(self, ready: list[Channel]) -> list[Channel]:
+        outcasts = (self._hub.outcasts.popleft()() for _ in range(len(self._hub.outcasts)))
+        return [channel for channel in outcasts if channel is not None and channel not in ready]
 
     def _rotate(self, ready: list[Channel]) -> list[Channel]:
         if len(ready) == 1:
@@ -180,6 +190,8 @@ def listen(
     max_inbox_messages: int = MAX_INBOX_MESSAGES,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_handshakes: int = MAX_HANDSHAKES,
+    curve_key: curve.PathLike | None = None,
+    curve_clients: curve.PathLike | None = None,
 ) -> Listener:
     """Listens for tensor channels on ``ipc:///path`` or ``tcp://address:port`` (port 0: any free one).
 
@@ -204,10 +216,16 @@ def listen(
             MessageTooLargeError raised before anything is allocated for it.
         max_handshakes: connections that are being made at the same time; each has its segment already. Further ones
             wait, and one that was begun and not gone on with gives way to them.
+        curve_key, curve_clients: this server's secret-key file and the directory of the public keys (``*.key``) of the
+            clients that may come in (``tsqp keygen``). The directory is read again when it changes; a client whose key
+            is removed is cut off. What goes over ZeroMQ is encrypted, what goes through the ring is not. Needed for an
+            endpoint beyond this host. Default: ``TSQP_CURVE_KEY``, ``TSQP_CURVE_CLIENTS``.
+
+    On ``ipc`` clients of this user and of root are let in, and of no other.
 
     Raises:
-        EndpointError, EndpointBusyError, SharedMemoryFullError, SegmentError, ConfigError,
-        DescriptorsExhaustedError.
+        EndpointError, InsecureEndpointError, EndpointBusyError, SharedMemoryFullError, SegmentError, ConfigError,
+        KeyFileError, DescriptorsExhaustedError.
     """
     from . import config
 
@@ -226,6 +244,7 @@ def listen(
         max_inbox_messages=max_inbox_messages,
         max_message_bytes=max_message_bytes,
         max_handshakes=max_handshakes,
+        keys=curve.server_keys(curve_key, curve_clients),
     )
 
 

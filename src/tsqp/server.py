@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import config
+from . import config, curve
 from .answering import Answering
 from .compiling import compile_mlps
 from .cuda import CudaWork, current
@@ -65,6 +65,8 @@ class GPUServer:
     with False none. ``progress`` is called with a line per phase of loading. ``status`` lets the server's own
     user ask it about all its clients (``tsqp top``), by a socket file beside the endpoint; ``metrics_port`` serves the
     same figures as Prometheus text on 127.0.0.1, to every user of the machine (0: a free one, see the attribute).
+    ``curve_key`` and ``curve_clients``: the server's secret-key file and the directory of the clients' public keys, see
+    :func:`listen`.
 
     The model is loaded by the constructor; the endpoint is bound by :meth:`serve`, which blocks, or
     :meth:`start`, which returns. Raises :class:`ModelNotFoundError`, :class:`ModelError`,
@@ -94,6 +96,8 @@ class GPUServer:
         status: bool = False,
         metrics_port: int | None = None,
         limits: Limits | None = None,
+        curve_key: curve.PathLike | None = None,
+        curve_clients: curve.PathLike | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("max_clients", max_clients)):
             if value is not None and value < 1:
@@ -102,6 +106,7 @@ class GPUServer:
         if metrics_port is not None:
             check_metrics(metrics_port)
         self.endpoint = endpoint or config.default_endpoint()
+        curve.check_reach(config.parse_endpoint(self.endpoint), curve.server_keys(curve_key, curve_clients))
         check_endpoint(self.endpoint)
         self._status, self.metrics_port = status, metrics_port
         self._doors: list[LocalServer | MetricsServer] = []
@@ -116,6 +121,8 @@ class GPUServer:
             "max_inbox_messages": self.limits.unread_messages,
             "max_message_bytes": self.limits.message_bytes,
             "max_handshakes": self.limits.handshakes,
+            "curve_key": curve_key,
+            "curve_clients": curve_clients,
         }
         self._threads = threads
         self._served = load_model(model_or_path, device, dtype, progress)

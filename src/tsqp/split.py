@@ -33,7 +33,7 @@ from .trusted_weights import from_options
 #: The attribute of a split model that holds its :class:`Attachment`.
 _ATTRIBUTE = "tsqp_attachment"
 _LAYER_NAME = re.compile(r"(.+?)\.(\d+)\.(.+)")
-_CLIENT_OPTIONS = ("connect_timeout", "wait", "perf_log")
+_CLIENT_OPTIONS = ("connect_timeout", "wait", "perf_log", "curve_key", "curve_server")
 _TRUST_OPTIONS = ("trusted_weights", "trusted_digest")
 _OPTIONS = ("attn_implementation", "tile_bytes", "mlp_tile_bytes", *_TRUST_OPTIONS, *_CLIENT_OPTIONS)
 
@@ -55,11 +55,11 @@ def from_pretrained(
     server. ``client`` is one to use (and to leave open), else one is connected to ``endpoint`` with
     ``wire_dtype`` and ``timeout`` seconds per call, and closed by ``model.close()``. ``dtype`` is what the
     runner computes in; ``auto`` is the server's. ``options``: ``attn_implementation`` (of a placement that
-    leaves attention in the runner), ``connect_timeout``, ``wait``, ``perf_log``, ``tile_bytes`` and
-    ``mlp_tile_bytes`` (the attention of ``ops``, and gated MLPs, are worked on in row tiles of so many bytes where a
-    prompt is long, so that server and runner overlap; ``auto`` measures, 0 does without), ``trusted_weights`` and
-    ``trusted_digest``. With placement ``local`` this is ``AutoModelForCausalLM.from_pretrained(path)``: no server,
-    ``options`` go there.
+    leaves attention in the runner), ``connect_timeout``, ``wait``, ``perf_log``, ``curve_key`` and ``curve_server``
+    (key files, see :func:`connect`), ``tile_bytes`` and ``mlp_tile_bytes`` (the attention of ``ops``, and gated MLPs,
+    are worked on in row tiles of so many bytes where a prompt is long, so that server and runner overlap; ``auto``
+    measures, 0 does without), ``trusted_weights`` and ``trusted_digest``. With placement ``local`` this is
+    ``AutoModelForCausalLM.from_pretrained(path)``: no server, ``options`` go there.
 
     ``keep_embedding`` leaves Embedding in the runner, so that token ids are never sent. Its table is read from the
     safetensors in ``path``, where they have it, else asked for from the server before any prompt. The server can

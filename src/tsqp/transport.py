@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from . import curve
 from . import handshake as hs
 from ._ring import Ring, Segment
 from .channel import Channel, close_at_exit
 from .choosing import ZMQ, Chooser, Cost, cost_of
 from .config import parse_endpoint
 from .enclave import check_connecting
-from .errors import ConfigError, ConnectError, ProtocolError, SegmentPermissionError
+from .errors import ConfigError, ConnectError, PeerDiedError, ProtocolError, SegmentPermissionError
 from .links import MAX_FRAME_BYTES, ClientLink, Link
 from .receiving import HeldMessage
 
@@ -92,6 +93,8 @@ def connect(
     spin_us: float = 400.0,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_inbox_bytes: int = MAX_INBOX_BYTES,
+    curve_key: curve.PathLike | None = None,
+    curve_server: curve.PathLike | None = None,
 ) -> Channel:
     """Connects to a :func:`tsqp.listen` endpoint.
 
@@ -109,11 +112,18 @@ def connect(
             MessageTooLargeError raised before anything is allocated for it.
         max_inbox_bytes: with more bytes of unread messages over ZeroMQ than this no more are taken, and the server
             has to wait; libzmq itself takes up to 64 messages more.
+        curve_key, curve_server: this client's secret-key file and its server's public-key file (``tsqp keygen``). All
+            that goes over ZeroMQ is encrypted then, and the server is the one with that key, or there is no connection.
+            What goes through the ring, between ends on one host, is in shared memory and not encrypted.
+            Needed beyond this host. Default: ``TSQP_CURVE_KEY``, ``TSQP_CURVE_SERVER``.
 
     Raises:
-        ConfigError: an argument has a value that can't work.
-        EndpointError: the endpoint is malformed, or can't work here; its socket may not be opened by this user.
-        ConnectError: nobody answered in time, or the server refused: its reason is in the text.
+        ConfigError: an argument has a value that can't work; KeyFileError for a file of keys.
+        EndpointError: the endpoint is malformed, or can't work here; InsecureEndpointError: it is beyond this host and
+            there are no keys.
+        ConnectError: nobody answered in time, the server refused (its reason is in the text), or its socket may not be
+            opened by this user; AuthenticationError: the keys do not fit, only one end has some, or the server of an
+            ipc socket runs as another user (other than root).
         PeerDiedError: the server died during the handshake.
         ProtocolError: what answered speaks something else, or another version of tsqp.
         SegmentError: the server's segment can't be mapped; its subclasses say why (SegmentPermissionError,
@@ -126,7 +136,9 @@ def connect(
     check_limit(max_message_bytes)
     check_limit(max_inbox_bytes, "max_inbox_bytes")
     check_connecting(parsed, wait)
-    link = ClientLink(endpoint, max_message_bytes, max_inbox_bytes)
+    keys = curve.client_keys(curve_key, curve_server)
+    curve.check_reach(parsed, keys)
+    link = ClientLink(endpoint, max_message_bytes, max_inbox_bytes, keys)
     try:
         options = {"scheme": parsed.scheme, "large": large, "wait": wait, "spin_us": spin_us}
         options["max_message_bytes"] = max_message_bytes
@@ -139,12 +151,15 @@ def connect(
 
 def _shake_hands(link: ClientLink, endpoint: str, shm: bool, timeout: float | None, options: dict[str, Any]) -> Channel:
     futex = hs.futex_works() and options["wait"] != "poll"
-    link.say(hs.HELLO, hs.pack(hs.Hello(hs.PROTOCOL, shm, futex)))
-    answer = link.hear(time.monotonic() + (_FOREVER_S if timeout is None else timeout))
+    deadline = time.monotonic() + (_FOREVER_S if timeout is None else timeout)
+    trouble = link.meet(deadline)
+    answer = None
+    if trouble is None:
+        link.say(hs.HELLO, hs.pack(hs.Hello(hs.PROTOCOL, shm, futex)))
+        answer = link.hear(deadline)
     if answer is None:
-        raise ConnectError(
-            f"no tsqp server answered at {endpoint} within {timeout} s; start one (tsqp serve) or correct the endpoint"
-        )
+        advice = trouble or "start one (tsqp serve) or correct the endpoint"
+        raise ConnectError(f"no tsqp server answered at {endpoint} within {timeout} s; {advice}")
     kind, body = answer
     if kind == hs.REFUSE:
         raise ConnectError(f"the server at {endpoint} refused: {hs.unpack(hs.Refuse, body).reason}")
@@ -153,6 +168,9 @@ def _shake_hands(link: ClientLink, endpoint: str, shm: bool, timeout: float | No
     welcome = hs.unpack(hs.Welcome, body)
     if welcome.protocol != hs.PROTOCOL:
         raise ProtocolError(f"the server speaks protocol {welcome.protocol}, not {hs.PROTOCOL}; use one version")
+    reason = link.dead()
+    if reason:  # libzmq has another by now, perhaps
+        raise PeerDiedError(f"the server died during the handshake: {reason}; connect again")
     segment = _attach(welcome) if welcome.shm else None
     learns = segment is not None and "auto" in (options["threshold"], options["large"])
     measured = measure_link(link, timeout) if learns else {}

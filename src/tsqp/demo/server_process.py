@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..config import without_keys
 from ..errors import ConnectError, TsqpError, WaitTimeoutError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class ServerProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [*self._command, "--endpoint", self.endpoint]
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as log, without_keys():
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def __exit__(
@@ -95,7 +96,8 @@ class ServerProcess:
                 raise TsqpError(f"the server process ended with code {code} before it was ready: {lines[-1].strip()}")
             try:
                 if os.path.exists(self.endpoint.removeprefix("ipc://")):
-                    return GPUClient(self.endpoint, connect_timeout=_TRY_TIMEOUT_S)
+                    with without_keys():  # both ends are this user's own, in a private directory
+                        return GPUClient(self.endpoint, connect_timeout=_TRY_TIMEOUT_S)
             except (ConnectError, WaitTimeoutError):
                 pass  # bound but not answering yet; the deadline below ends this
             if time.monotonic() > deadline:
