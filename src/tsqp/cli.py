@@ -1,5 +1,5 @@
 """The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
-``top``, ``doctor``, ``analyze``, ``clean``, ``trust``, ``bench``.
+``top``, ``doctor``, ``analyze``, ``clean``, ``trust``, ``keygen``, ``bench``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
 that ``tsqp --help`` answers at once. Every failure leaves through :func:`main` as one sentence on the
@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import __version__, cli_bench, cli_trust, config
+from . import __version__, cli_bench, cli_keys, cli_trust, config
 from . import cli_options as options
 from .cli_parts import (
     check_demo,
@@ -91,6 +91,8 @@ def serve(
     pack_weights: options.PackWeights = None,
     status_socket: options.Status = False,
     metrics_port: options.MetricsPort = None,
+    curve_key: options.CurveKey = None,
+    curve_clients: options.CurveClients = None,
 ) -> None:
     """Serves the heavy operators of a model until Ctrl-C or SIGTERM, then prints transfer statistics."""
     path = checkpoint(model)
@@ -119,6 +121,8 @@ def serve(
             progress=tell,
             status=status_socket,
             metrics_port=metrics_port,
+            curve_key=curve_key,
+            curve_clients=curve_clients,
         )
     show_log()
     server.serve()
@@ -143,6 +147,8 @@ def generate(
     perf_log: options.PerfLog = None,
     trusted_weights: options.TrustedWeights = None,
     trusted_digest: options.TrustedDigest = None,
+    curve_key: options.CurveKey = None,
+    curve_server: options.CurveServer = None,
 ) -> None:
     """Continues a prompt with the model a server serves, and prints the text as it comes.
 
@@ -161,6 +167,8 @@ def generate(
         perf_log=perf_log,
         keep_embedding=keep_embedding,
         trusted=(trusted_weights, trusted_digest),
+        curve_key=curve_key,
+        curve_server=curve_server,
     ) as split:
         from .streaming import PromptStreamer
 
@@ -187,6 +195,8 @@ def prefill(
     perf_log: options.PerfLog = None,
     trusted_weights: options.TrustedWeights = None,
     trusted_digest: options.TrustedDigest = None,
+    curve_key: options.CurveKey = None,
+    curve_server: options.CurveServer = None,
 ) -> None:
     """Times the prefill of a random prompt: seconds, tokens per second, round trips, bytes per carrier.
 
@@ -203,6 +213,8 @@ def prefill(
         perf_log=perf_log,
         keep_embedding=keep_embedding,
         trusted=(trusted_weights, trusted_digest),
+        curve_key=curve_key,
+        curve_server=curve_server,
     ) as split:
         from .prefill import format_prefill, time_prefill
 
@@ -242,13 +254,20 @@ def demo(
 
 
 @app.command(epilog="Example: [bold]tsqp health --timeout 2 --json[/]")
-def health(*, endpoint: options.Endpoint = None, timeout: options.Timeout = 5.0, json: options.Json = False) -> None:
+def health(
+    *,
+    endpoint: options.Endpoint = None,
+    timeout: options.Timeout = 5.0,
+    json: options.Json = False,
+    curve_key: options.CurveKey = None,
+    curve_server: options.CurveServer = None,
+) -> None:
     """Asks a running server for a small computation on its device. Leaves with status 0 if it answers, else 1."""
     where = endpoint or config.default_endpoint()
     config.parse_endpoint(where)
     with status("loading torch"):
         from .health import check_health
-    found = check_health(where, timeout)
+    found = check_health(where, timeout, curve_key, curve_server)
     if json:
         print(dumps(found.as_json()))
         raise typer.Exit(EXIT_OK if found.healthy else EXIT_ERROR)
@@ -353,6 +372,7 @@ def clean(*, yes: options.Yes = False) -> None:
 
 app.command(epilog=cli_trust.EXAMPLE)(cli_trust.trust)
 app.add_typer(cli_bench.app, name="bench")
+app.command(epilog=cli_keys.EPILOG)(cli_keys.keygen)
 
 
 # --- entry --------------------------------------------------------------------------------------------------

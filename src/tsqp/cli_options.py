@@ -49,6 +49,28 @@ DemoEndpoint = Annotated[
         help="Use this running server of the embedded model (tsqp serve --dtype float32) instead of starting one.",
     ),
 ]
+CurveKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="This end's secret key (tsqp keygen), to encrypt and authenticate. Default: $TSQP_CURVE_KEY.",
+    ),
+]
+CurveServer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", show_default=False, help="The public key the server has to have. Default: $TSQP_CURVE_SERVER."
+    ),
+]
+CurveClients = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        help="Directory of the public keys (*.key) of the clients that may come in. Default: $TSQP_CURVE_CLIENTS.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

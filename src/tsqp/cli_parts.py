@@ -68,6 +68,8 @@ def split_model(
     trusted: tuple[str | None, str | None] = (None, None),
     timeout: float | None = None,
     spins: bool = True,
+    curve_key: str | None = None,
+    curve_server: str | None = None,
 ) -> Iterator[PreTrainedModel]:
     """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out.
 
@@ -99,6 +101,8 @@ def split_model(
         if perf_log is not None:
             options["perf_log"] = perf_log
         options |= {} if trusted == (None, None) else {"trusted_weights": trusted[0], "trusted_digest": trusted[1]}
+        if chosen.needs_server:
+            options.update(curve_key=curve_key, curve_server=curve_server)
         model = from_pretrained(path, where, chosen, wire_dtype, dtype, **options)
     if keep_embedding and chosen.needs_server:
         from .kept_embedding import NOTE
