@@ -23,6 +23,7 @@ from wire_bytes import numbered
 
 import tsqp
 from tsqp import curve
+from tsqp import handshake as hs
 from tsqp.config import parse_endpoint
 from tsqp.errors import (
     AuthenticationError,
@@ -291,6 +292,30 @@ def test_a_reader_that_waits_hears_of_it(keys, carrier, endpoint):
             threads.start(wait_for_the_end, channel)
         keys.expel("client")
         threads.join()
+
+
+def test_a_client_whose_key_went_cannot_come_back_on_its_old_connection(keys, carrier, endpoint):
+    """libzmq asked for its key once, when it connected; the connection may live on."""
+    hello = [hs.envelope(hs.HELLO), hs.pack(hs.Hello(hs.PROTOCOL, False, False))]
+    with (
+        server_with(keys, carrier, endpoint) as listener,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as dealer,
+    ):
+        dealer.linger = 0
+        dealer.rcvtimeo = int(PATIENCE_S * 1000)
+        curve.client_keys(**keys.connect).apply(dealer)
+        dealer.connect(listener.endpoint)
+        heard = []
+        for wanted in (hs.WELCOME, hs.BYE, hs.REFUSE):
+            if wanted == hs.BYE:
+                keys.expel("client")
+            else:
+                dealer.send_multipart(hello)
+            parts = dealer.recv_multipart()
+            assert hs.open_envelope(parts[0])[0] == wanted
+            heard.append(parts)
+        assert "was removed from the server's directory" in hs.unpack(hs.Refuse, heard[-1][1]).reason
 
 
 def test_a_key_that_is_added_is_let_in_without_a_restart(keys, carrier, endpoint):
