@@ -209,6 +209,22 @@ def test_files_may_be_links_as_kubernetes_mounts_them(keys):
     assert curve.server_keys(**keys.listen).clients.knows(curve.read_public(keys.public("client")))
 
 
+def test_a_key_that_is_replaced_within_a_tick_of_the_clock_is_noticed(keys):
+    """Same inode, size and times as at the last look, as on a file system with a coarse clock."""
+    path = keys.clients / "client.key"
+    other = keys.public("other").read_text()
+    before = path.stat()
+    clients = curve.server_keys(**keys.listen).clients
+    old = curve.read_public(path)
+    path.write_text(other.ljust(before.st_size)[: before.st_size])
+    real = clients._state
+    clients._state = lambda: tuple(
+        (name, ino, before.st_mtime_ns, before.st_ctime_ns, before.st_size) for name, ino, *_ in real()
+    )
+    clients.look(0.0)
+    assert not clients.knows(old)
+
+
 def test_only_what_changes_is_a_new_version(keys):
     clients = curve.server_keys(**keys.listen).clients
     first = clients.version

@@ -36,6 +36,8 @@ _KEY_BYTES = 32
 _MAX_FILE_BYTES = 1 << 16
 #: Says nothing about the keys: a flood of connections must not make a server forget them.
 _STARVED = (errno.EMFILE, errno.ENFILE)
+#: Longer than a tick of any file system's clock that counts.
+_TICK_NS = 100_000_000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 #: A file or directory as users name it.
@@ -305,10 +307,13 @@ class PublicKeys:
         keys: frozenset[bytes] = frozenset()
         try:
             self._check_directory()
-            seen: object = self._state()
-            if seen == self._seen:
+            state = self._state()
+            if state == self._seen:
                 return
             keys = frozenset(self._read_all())
+            # A file may be written again within one tick of the file system's clock: then it is read once more.
+            settled = all(time.time_ns() - changed > _TICK_NS for _, _, _, changed, _ in state)
+            seen: object = state if settled else None
         except (KeyFileError, OSError) as error:
             if isinstance(error, OSError) and error.errno in _STARVED:
                 return  # the next look will tell
@@ -335,7 +340,7 @@ class PublicKeys:
                 "to be this user's, of mode 0700 or 0755"
             )
 
-    def _state(self) -> tuple[object, ...]:
+    def _state(self) -> tuple[tuple[str, int, int, int, int], ...]:
         """What changes when a file there is added, removed, replaced, written or given to somebody else."""
         state = []
         with os.scandir(self.directory) as entries:
