@@ -35,6 +35,7 @@ from .cli_parts import (
     show_log,
     split_model,
     status,
+    usage_text,
 )
 from .enclave import check_listening, check_outside
 from .errors import ConfigError, TsqpError
@@ -381,8 +382,9 @@ app.command(epilog=cli_keys.EPILOG)(cli_keys.keygen)
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and leaves: status 0, 1 for an error, 2 for wrong options, 130 for Ctrl-C."""
     argv = sys.argv[1:] if arguments is None else arguments
-    again = f"tsqp --debug {' '.join(argv)}"
-    sys.exit(ended(partial(_run, argv or ["--help"]), again, debug="--debug" in argv, usage=_usage))
+    again = "the same command with 'tsqp --debug' in front"  # the words of this one may be a prompt
+    usage = partial(_usage, argv)
+    sys.exit(ended(partial(_run, argv or ["--help"]), again, debug="--debug" in argv, usage=usage))
 
 
 def _run(argv: list[str]) -> int:
@@ -395,11 +397,11 @@ def _run(argv: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _usage(error: Exception) -> str | None:
+def _usage(argv: list[str], error: Exception) -> str | None:
     """What is wrong with the options, where ``error`` says that."""
     usage = getattr(error, "format_message", None)  # only typer's usage errors have it, whatever their class
     if usage is None:
         return None
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "tsqp"
-    return f"{usage()} ('{command} --help' lists the options)"
+    return f"{usage_text(error, usage(), argv)} ('{command} --help' lists the options)"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,23 @@ if TYPE_CHECKING:
 _CONNECT_TIMEOUT_S = 5.0
 #: Shows a line of text about what is going on.
 Tell = Callable[[str], None]
+
+
+def usage_text(error: Any, text: str, argv: Sequence[str]) -> str:
+    """The text of a usage error without words of a prompt.
+
+    Where the command takes a prompt, a word in a wrong place may belong to it (``--prompt`` left out, quotes
+    forgotten), so that no word that is no option is repeated.
+    """
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    if not any(parameter.name == "prompt" for parameter in getattr(command, "params", ())):
+        return text
+    if "extra argument" in text:
+        return "Got unexpected extra arguments; a prompt goes behind --prompt, in quotes"
+    values = {value for word in argv for value in (word, word.partition("=")[2]) if value and value[:1] != "-"}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(repr(value), "the value")
+    return text
 
 
 def checkpoint(option: str | None) -> str:
@@ -145,7 +162,7 @@ def check_prompt(ids: Any, model: PreTrainedModel, path: str) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     if int(ids.max()) >= vocabulary:
         raise ModelError(
-            f"the tokenizer in {path} gives token {int(ids.max())} but the model knows {vocabulary}; "
+            f"the tokenizer in {path} gives a token beyond the {vocabulary} that the model knows; "
             "give --model with the checkpoint that is served"
         )
 

@@ -15,7 +15,12 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception on one line, or its class where it has none."""
+    """The text of an exception on one line, or its class where it has none.
+
+    Of a text that could not be encoded or decoded nothing is quoted: it may be a prompt or an answer.
+    """
+    if isinstance(error, UnicodeError):
+        return f"a text has characters that can't be handled here: {getattr(error, 'reason', 'invalid')}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -28,7 +33,7 @@ def ended(
 ) -> int:
     """Calls ``work`` and returns the exit status: its own, 1 for an error, 2 for wrong options, 130 for Ctrl-C.
 
-    ``usage`` says what is wrong with the options where an exception means that, else None. ``again`` is the command
+    ``usage`` says what is wrong with the options where an exception means that, else None. ``again`` names the command
     that shows where an unexpected exception came from: one with ``debug``, which lets exceptions through.
     """
     try:
@@ -52,7 +57,7 @@ def ended(
 def _sentence(error: Exception, again: str) -> str:
     if isinstance(error, TsqpError):
         return one_line(error)
-    return f"unexpected {type(error).__name__}: {one_line(error)} ('{again}' shows where)"
+    return f"unexpected {type(error).__name__}: {one_line(error)} ({again} shows where)"
 
 
 @contextmanager
