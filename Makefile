@@ -7,7 +7,7 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo to
 # Workers that spin after each parallel region starve the other process on a small machine (docs: tuning).
 export OMP_WAIT_POLICY ?= passive
 
-PYTHON_CODE := src tests benchmarks tools docs
+PYTHON_CODE := src tests benchmarks tools docs gramine
 C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/enclave/*.c tests/enclave/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
 .PHONY: demo test test-c test-model test-fuzz lint format docs soak bench wheel clean
