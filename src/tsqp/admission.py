@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from . import handshake
 from .connections import Peer, oldest_of_most
 
 #: A handshake that took longer may have to give way to another one; an honest one takes milliseconds.
@@ -40,9 +41,14 @@ class Hello:
 
     identity: bytes
     fd: int
-    body: bytes
+    said: handshake.Hello
     peer: Peer
     since: float
+
+    @property
+    def shm(self) -> bool:
+        """The client can map this host's shared memory."""
+        return self.said.shm
 
 
 class Admission:

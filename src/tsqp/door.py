@@ -14,7 +14,7 @@ from ._ring import Segment
 from .admission import Admission, Hello
 from .connections import Peer
 from .curve import ServerKeys
-from .errors import ProtocolError, SegmentError, SharedMemoryFullError
+from .errors import SegmentError, SharedMemoryFullError
 from .links import ServerLink
 from .transport import Channel
 
@@ -75,14 +75,24 @@ class Door:
         self._hub, self._options = hub, hub.options
         self._admission = Admission()
         self.hellos = self._admission.hellos
+        self.full_text = f"the server has its limit of {hub.options.max_clients} clients (max_clients)"
 
     def forget(self, now: float) -> None:
         """Forgets what is not needed any more; called now and then."""
         self._admission.forget(now)
 
-    def under_way(self) -> list[Client]:
+    def unfinished(self) -> list[Client]:
         """Handshakes under way, in the order of coming."""
         return [client for client in self._hub.clients.values() if client.channel is None]
+
+    def under_way(self) -> list[Client]:
+        """Those that have a segment. The others cost nothing, and are few because connections of no client are."""
+        return [client for client in self.unfinished() if client.segment is not None]
+
+    def full(self) -> bool:
+        """All places are taken, by clients or by segments made for clients to come."""
+        taken = sum(client.channel is not None or client.segment is not None for client in self._hub.clients.values())
+        return taken >= self._options.max_clients
 
     def answer(self) -> None:
         """A client that left before another came has said so, but libzmq may hand out the hello first. So a hello is
@@ -99,19 +109,21 @@ class Door:
                     continue  # no more of them than there are places
             if self.hellos.pop(hello.identity, None) is None:
                 continue  # its connection ended meanwhile
-            try:
-                self._hello(hello)
-            except ProtocolError as error:
-                self._hub.cut_off(hello.identity, hello.fd, str(error))
+            self._hello(hello)
 
     def _has_place(self, hello: Hello, now: float) -> bool:
         """Whether the client could be let in now. A handshake that took too long goes for it."""
-        if not self._admission.may_spend(hello.peer, now):
+        if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return False
-        if len(self.under_way()) >= self._options.max_handshakes or len(self._hub.clients) >= self._options.max_clients:
+        if self._crowded(hello) or self.full():
             self._end_one(hello.peer, now)
-        crowded = len(self.under_way()) >= self._options.max_handshakes
-        return not crowded and len(self._hub.clients) < self._options.max_clients
+        return not self._crowded(hello) and not self.full()
+
+    def _wants_segment(self, hello: Hello) -> bool:
+        return hello.shm and self._options.shm
+
+    def _crowded(self, hello: Hello) -> bool:
+        return self._wants_segment(hello) and len(self.under_way()) >= self._options.max_handshakes
 
     def _end_one(self, peer: Peer, now: float) -> bool:
         """Ends the handshake that has to give way to one of ``peer``, if there is one."""
@@ -121,9 +133,8 @@ class Door:
         return victim is not None
 
     def _hello(self, hello: Hello) -> None:
-        said = hs.unpack(hs.Hello, hello.body)
-        now = time.monotonic()
-        refusal = self._refusal(said, hello, now)
+        said, now = hello.said, time.monotonic()
+        refusal = self._refusal(hello, now)
         if refusal:
             self._refuse(hello, refusal)
             return
@@ -131,7 +142,7 @@ class Door:
         client = Client(hello.identity, hello.fd, hello.peer, now, now + HANDSHAKE_TIMEOUT_S, futex)
         welcome = hs.Welcome(hs.PROTOCOL, False, futex)
         slot_bytes, slots = self._options.max_chunk_bytes, self._options.max_chunks
-        if said.shm and self._options.shm:
+        if self._wants_segment(hello):
             try:
                 client.segment = segment = self._new_segment(hello.peer)
             except (SegmentError, MemoryError) as error:
@@ -140,7 +151,8 @@ class Door:
             welcome = hs.Welcome(hs.PROTOCOL, True, futex, segment.name, segment.session, slot_bytes, slots)
         client.began = time.monotonic()
         self._hub.clients[hello.identity] = client
-        self._hub.connections.keep(hello.fd)
+        if client.segment is not None:
+            self._hub.connections.keep(hello.fd)
         self._hub.say(hello.identity, hs.WELCOME, welcome)
 
     def _refuse(self, hello: Hello, why: str) -> None:
@@ -162,16 +174,17 @@ class Door:
             now = time.monotonic()
             self._admission.spend(peer, 2 * (now - begin), now)  # to free it takes half as long again, or as long
 
-    def _refusal(self, said: hs.Hello, hello: Hello, now: float) -> str | None:
+    def _refusal(self, hello: Hello, now: float) -> str | None:
         """Why this client can't be let in, or None."""
+        said = hello.said
         if said.protocol != hs.PROTOCOL:
             return f"the server speaks protocol {hs.PROTOCOL}, the client {said.protocol}: use one version of tsqp"
-        if len(self._hub.clients) >= self._options.max_clients:
-            return f"the server has its limit of {self._options.max_clients} clients (max_clients)"
+        if self.full():
+            return self.full_text
         if self._hub.reserve.scarce:
             return "the server process has too few file descriptors left (ulimit -n); it serves the clients it has"
-        if len(self.under_way()) >= self._options.max_handshakes:
+        if self._crowded(hello):
             return f"the server has its limit of {self._options.max_handshakes} handshakes under way; try again"
-        if not self._admission.may_spend(hello.peer, now):
+        if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return "too many connections came from there in a short time; try again in some seconds"
         return None

@@ -189,7 +189,7 @@ class Hub:
     def _next_timeout_ms(self) -> int:
         if self._hellos:
             return _HELLO_LOOK_MS
-        waiting = [c.deadline for c in self._door.under_way()]
+        waiting = [c.deadline for c in self._door.unfinished()]
         return min(_LOOK_MS, max(1, int((min(waiting) - time.monotonic()) * 1000))) if waiting else _LOOK_MS
 
     def _drain_wake(self) -> None:
@@ -250,7 +250,7 @@ class Hub:
             self._take_events()
             now = time.monotonic()
             peer = self.connections.spoke(fd, _user_of(parts[1]), now + 2 * door.CROWDED_S)
-            self._hellos[identity] = Hello(identity, fd, parts[2].bytes, peer, now)
+            self._hellos[identity] = Hello(identity, fd, hs.unpack(hs.Hello, parts[2].bytes), peer, now)
         elif client is None:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
@@ -275,6 +275,9 @@ class Hub:
 
     def _ready(self, client: Client, data: bytes) -> None:
         ready = hs.unpack(hs.Ready, data)
+        if client.segment is None and self._door.full():
+            raise ProtocolError(self._door.full_text)
+        self.connections.keep(client.fd)
         segment = client.segment if ready.shm else None
         if segment is not None and ready.native:
             segment.unlink()  # both ends have it mapped: from now on a kill leaves nothing behind
@@ -386,7 +389,7 @@ class Hub:
         if away_s > _AWAY_S:  # this process was stopped: what came meanwhile has not been taken yet
             for client in self.clients.values():
                 client.deadline += away_s
-        for client in [c for c in self._door.under_way() if c.deadline < now]:
+        for client in [c for c in self._door.unfinished() if c.deadline < now]:
             self.cut_off(client.identity, client.fd, "the handshake was not finished in time")
         self.connections.look(now, self.reserve.scarce)
         self._door.forget(now)

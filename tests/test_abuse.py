@@ -1,0 +1,190 @@
+"""A server goes on while it is attacked, over real sockets: clients that are there get right answers, new ones get in,
+and nothing is left afterwards."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.attackers import ATTACKERS, attack
+from carriers import CARRIERS, CHUNK, Carrier
+from kills import EchoServer
+from peers import PATIENCE_S, Peer
+from wire_bytes import check_numbered, numbered
+
+import tsqp
+from tsqp import connections, door
+from tsqp.errors import ClosedError, TsqpError
+from tsqp.listener import Listener
+from tsqp.transport import Channel
+
+StartPeer = Callable[..., Peer]
+#: Turns of an attacker that a test waits for, and how many a second there are.
+TURNS, RATE = 150, 300.0
+#: Memory that may have come: libzmq's queues, the allocator's arenas.
+GROWN_BYTES = 256 << 20
+
+
+@pytest.fixture(params=["ring", "zmq-tcp"])
+def carrier(request: pytest.FixtureRequest) -> Carrier:
+    return CARRIERS[request.param]
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+class PatientServer(EchoServer):
+    """Ends the connection of whoever sends rubbish, or takes nothing."""
+
+    def _turn(self, channel: Channel) -> None:
+        try:
+            super()._turn(channel)
+        except TsqpError:
+            channel.close()
+
+
+class Healthy:
+    """A client whose messages come back as they were, whatever else goes on."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self._number = channel, 0
+
+    def echo(self, nbytes: int) -> None:
+        self._number += 1
+        self.channel.send([numbered(self._number, nbytes)], request_id=self._number, timeout=PATIENCE_S)
+        check_numbered(self.channel.recv(PATIENCE_S), self._number, nbytes)
+
+
+@contextmanager
+def echoing(listener: Listener) -> Iterator[EchoServer]:
+    server = PatientServer(listener)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def served(carrier: Carrier, endpoint: str, **options: int) -> Iterator[Listener]:
+    """A listener whose clients get their messages back."""
+    given = {**carrier.listen_options, "max_inbox_bytes": 64 << 20, **options}
+    with tsqp.listen(carrier.endpoint(endpoint), **given) as listener, echoing(listener):
+        yield listener
+
+
+def begun(start_peer: StartPeer, name: str, listener: Listener, rate: float = RATE) -> Peer:
+    attacker = start_peer(attack, name, listener.endpoint, rate)
+    assert attacker.hear() == "ready"
+    return attacker
+
+
+def under_attack(listener: Listener, healthy: Healthy, attacker: Peer, carrier: Carrier) -> int:
+    """What must be true while an attack goes on; returns how many messages were echoed meanwhile."""
+    attacker.say("begin")
+    begin, count = time.monotonic(), 0
+    while time.monotonic() < begin + TURNS / RATE:
+        healthy.echo(1000)
+        healthy.echo(3 * CHUNK)
+        count += 2
+    with tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as late:
+        for _ in range(5):
+            Healthy(late).echo(1000)
+    attacker.say("enough")
+    turns, _ = attacker.hear()
+    assert turns > TURNS / 3, "there was an attack"
+    return count
+
+
+@pytest.mark.parametrize("name", ATTACKERS)
+def test_clients_are_served_while_a_server_is_attacked(endpoint, carrier, start_peer, monkeypatch, shm_directory, name):
+    monkeypatch.setattr(door, "HANDSHAKE_TIMEOUT_S", 1.0)
+    with (
+        served(carrier, endpoint) as listener,
+        tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as channel,
+    ):
+        healthy = Healthy(channel)
+        for nbytes in (1000, 3 * CHUNK):
+            healthy.echo(nbytes)
+        hub = listener._hub
+        attacker = begun(start_peer, name, listener)
+        before, memory, segments = descriptors(), resident_bytes(), len(list(shm_directory.iterdir()))
+        assert under_attack(listener, healthy, attacker, carrier) > 0
+        until(lambda: len(hub.clients) == 1 == len(hub.connections), "only the healthy client is left")
+        until(lambda: descriptors() <= before + 2, "no descriptor is left")
+        until(lambda: len(list(shm_directory.iterdir())) <= segments, "no segment is left")
+        assert resident_bytes() - memory < GROWN_BYTES
+        assert not hub._hellos
+        healthy.echo(1000)
+
+
+def test_connections_without_number_do_not_take_the_descriptors(endpoint, start_peer):
+    carrier = CARRIERS["ring"]
+    with served(carrier, endpoint) as listener:
+        attacker = begun(start_peer, "open and left", listener, 2000.0)
+        before = descriptors()
+        attacker.say("begin")
+        most, end = 0, time.monotonic() + 1.0
+        while time.monotonic() < end:
+            most = max(most, len(listener._hub.connections))
+            assert descriptors() < before + 4 * connections.MAX_STRANGERS
+            time.sleep(0.005)
+        assert most >= connections.MAX_STRANGERS  # there were more than may be
+        attacker.say("enough")
+        assert attacker.hear()[0] > 300
+
+
+def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(endpoint, start_peer, shm_directory):
+    """With all but one place taken, and an attacker that wants it: whoever finishes gets in, at once."""
+    carrier = CARRIERS["ring"]
+    with served(carrier, endpoint, max_clients=5) as listener:
+        attacker = begun(start_peer, "half-open", listener)
+        attacker.say("begin")
+        until(lambda: len(listener._hub.clients) == 4, "the attacker has what it can get")
+        channels = []
+        for count in range(1, 6):
+            channels.append(tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options))
+            for channel in channels:
+                Healthy(channel).echo(1000)
+            assert len(list(shm_directory.iterdir())) <= 4
+            assert len([each for each in listener._hub.clients.values() if each.channel]) >= count
+        attacker.say("enough")
+        attacker.hear()
+        for channel in channels:
+            channel.close()
+
+
+def test_a_flood_is_cut_off_and_told_why(endpoint, start_peer):
+    """By number, where the server does not read; and the healthy client's results go on being its own."""
+    carrier = CARRIERS["zmq-ipc"]
+    options = {**carrier.listen_options, "max_inbox_messages": 50}
+    with (
+        tsqp.listen(carrier.endpoint(endpoint), **options) as listener,
+        tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as flooding,
+        listener.accept(PATIENCE_S) as flooded,
+        tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as healthy,
+        listener.accept(PATIENCE_S) as served_end,
+    ):
+        for number in range(51):
+            flooding.send([torch.ones(3)], request_id=number, timeout=PATIENCE_S)
+        with pytest.raises(ClosedError, match="closed the connection: more than 50 unread messages were"):
+            flooding.recv(PATIENCE_S)
+        assert flooded._link.dead() == "it broke the protocol: more than 50 unread messages were under way"
+        healthy.send([numbered(3, 1000)], request_id=3, timeout=PATIENCE_S)
+        check_numbered(served_end.recv(PATIENCE_S), 3, 1000)
