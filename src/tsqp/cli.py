@@ -1,4 +1,4 @@
-"""The command line: ``tsqp serve``, ``generate``, ``prefill``, ``demo``, ``health``,
+"""The command line: ``tsqp serve``, ``generate``, ``run``, ``prefill``, ``demo``, ``health``,
 ``top``, ``doctor``, ``analyze``, ``clean``, ``trust``, ``keygen``, ``bench``.
 
 Commands only turn options into calls of the library. Heavy modules are imported inside the commands, so
@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import __version__, cli_bench, cli_keys, cli_trust, config
+from . import __version__, cli_bench, cli_keys, cli_run, cli_trust, config
 from . import cli_options as options
 from .cli_parts import (
     check_demo,
@@ -167,7 +167,8 @@ def generate(
         threads=threads,
         perf_log=perf_log,
         keep_embedding=keep_embedding,
-        trusted=(trusted_weights, trusted_digest),
+        trusted_weights=trusted_weights,
+        trusted_digest=trusted_digest,
         curve_key=curve_key,
         curve_server=curve_server,
     ) as split:
@@ -213,7 +214,8 @@ def prefill(
         threads=threads,
         perf_log=perf_log,
         keep_embedding=keep_embedding,
-        trusted=(trusted_weights, trusted_digest),
+        trusted_weights=trusted_weights,
+        trusted_digest=trusted_digest,
         curve_key=curve_key,
         curve_server=curve_server,
     ) as split:
@@ -374,6 +376,7 @@ def clean(*, yes: options.Yes = False) -> None:
 app.command(epilog=cli_trust.EXAMPLE)(cli_trust.trust)
 app.add_typer(cli_bench.app, name="bench")
 app.command(epilog=cli_keys.EPILOG)(cli_keys.keygen)
+cli_run.register(app)
 
 
 # --- entry --------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The options that commands share: type, name of the value and help text of each."""
+"""The options that commands share: type, name of the value and help text of each.
+
+Those of a runner are in :mod:`tsqp.run_options`, which `tsqp run` reads without typer.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,14 @@ from typing import Annotated
 
 import typer
 
-from .placement import PLACEMENTS
+from .cli_run import shared
 
 _DTYPES = "auto|float32|bfloat16|float16"
 
-Placement = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(PLACEMENTS),
-        help="Which operators run on the server. "
-        + " ".join(f"{name}: {placement.summary}." for name, placement in PLACEMENTS.items()),
-    ),
-]
-KeepEmbedding = Annotated[
-    bool,
-    typer.Option("--keep-embedding", help="Look tokens up in the runner, whatever the placement: no token id is sent."),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        show_default=False,
-        help="Directory of a local transformers checkpoint (config, weights, tokenizer). "
-        "Default: $LLAMA_MODEL_PATH, else the embedded demo model.",
-    ),
-]
-Endpoint = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ENDPOINT",
-        show_default=False,
-        help="Where the server listens: ipc:///path/to.sock or tcp://127.0.0.1:5555. "
-        "Default: $LLAMA_IPC_PATH, else a socket in your own runtime directory.",
-    ),
-]
+Placement = Annotated[str, shared("placement")]
+KeepEmbedding = Annotated[bool, shared("keep_embedding")]
+Model = Annotated[str | None, shared("model")]
+Endpoint = Annotated[str | None, shared("endpoint")]
 DemoEndpoint = Annotated[
     str | None,
     typer.Option(
@@ -49,20 +26,8 @@ DemoEndpoint = Annotated[
         help="Use this running server of the embedded model (tsqp serve --dtype float32) instead of starting one.",
     ),
 ]
-CurveKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        show_default=False,
-        help="This end's secret key (tsqp keygen), to encrypt and authenticate. Default: $TSQP_CURVE_KEY.",
-    ),
-]
-CurveServer = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", show_default=False, help="The public key the server has to have. Default: $TSQP_CURVE_SERVER."
-    ),
-]
+CurveKey = Annotated[str | None, shared("curve_key")]
+CurveServer = Annotated[str | None, shared("curve_server")]
 CurveClients = Annotated[
     str | None,
     typer.Option(
@@ -88,17 +53,8 @@ ServerDtype = Annotated[
         help="Precision the model is loaded in. Default: $LLAMA_DTYPE, else auto, the checkpoint's own.",
     ),
 ]
-RunnerDtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        metavar=_DTYPES,
-        help="Precision in which the runner computes. auto: the server's; placement local: the checkpoint's.",
-    ),
-]
-WireDtype = Annotated[
-    str, typer.Option(metavar=_DTYPES, help="Precision in which tensors travel; auto is the model's own.")
-]
+RunnerDtype = Annotated[str, shared("dtype")]
+WireDtype = Annotated[str, shared("wire_dtype")]
 MaxChunkBytes = Annotated[
     int | None,
     typer.Option(
@@ -121,10 +77,7 @@ MaxChunks = Annotated[
     ),
 ]
 MaxClients = Annotated[int, typer.Option(min=1, metavar="N", help="Runners connected at the same time.")]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", show_default=False, help="CPU threads of torch. Default: torch's choice."),
-]
+Threads = Annotated[int | None, shared("threads")]
 KvLimitBytes = Annotated[
     int | None,
     typer.Option(min=0, metavar="BYTES", show_default=False, help="K and V kept per runner at most. Default: 4 GiB."),
@@ -161,50 +114,19 @@ MetricsPort = Annotated[
         help="Serve the figures of all clients as Prometheus text on 127.0.0.1, to every user of this machine.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")]
-Prompt = Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")]
+MaxNewTokens = Annotated[int, shared("max_new_tokens")]
+Prompt = Annotated[str, shared("prompt")]
 DemoPrompt = Annotated[
     str | None,
     typer.Option("--prompt", metavar="TEXT", show_default=False, help="Text to continue instead of the built-in one."),
 ]
-Sample = Annotated[bool, typer.Option("--sample", help="Draw each token at random instead of taking the likeliest.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        metavar="T",
-        show_default=False,
-        help="With --sample: below 1 likely tokens come more often, above 1 less often.",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(min=0, metavar="N", show_default=False, help="Makes --sample repeatable."),
-]
-Stats = Annotated[bool, typer.Option("--stats", help="Print transfer and operator statistics at the end.")]
-PerfLog = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        show_default=False,
-        help="Write a row per round trip to FILE: a table, or .csv, .jsonl; tsqp analyze reads it.",
-    ),
-]
-TrustedWeights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        show_default=False,
-        help="File of tsqp trust to take config and norms from; what the server says is only compared with it.",
-    ),
-]
-TrustedDigest = Annotated[
-    str | None,
-    typer.Option(
-        metavar="sha256:HEX",
-        show_default=False,
-        help="What tsqp trust printed for that file. Default: $TSQP_TRUSTED_DIGEST.",
-    ),
-]
+Sample = Annotated[bool, shared("sample")]
+Temperature = Annotated[float | None, shared("temperature")]
+Seed = Annotated[int | None, shared("seed")]
+Stats = Annotated[bool, shared("stats")]
+PerfLog = Annotated[str | None, shared("perf_log")]
+TrustedWeights = Annotated[str | None, shared("trusted_weights")]
+TrustedDigest = Annotated[str | None, shared("trusted_digest")]
 TrustOut = Annotated[str, typer.Option("--out", metavar="FILE", show_default=False, help="The file to write.")]
 WithEmbedding = Annotated[bool, typer.Option("--embedding", help="Write the embedding tables, too.")]
 Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt.")]

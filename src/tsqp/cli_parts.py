@@ -82,7 +82,8 @@ def split_model(
     threads: int | None,
     perf_log: str | None = None,
     keep_embedding: bool = False,
-    trusted: tuple[str | None, str | None] = (None, None),
+    trusted_weights: str | None = None,
+    trusted_digest: str | None = None,
     timeout: float | None = None,
     spins: bool = True,
     curve_key: str | None = None,
@@ -90,8 +91,8 @@ def split_model(
 ) -> Iterator[PreTrainedModel]:
     """The model of the checkpoint ``path``, split over the server at ``endpoint``; closed on the way out.
 
-    ``trusted`` are the file of trusted weights and its digest. ``timeout``: seconds one call of the server may take;
-    None: what the library waits. ``spins``: whether the terminal shows what is going on.
+    ``timeout``: seconds one call of the server may take; None: what the library waits. ``spins``: whether the terminal
+    shows what is going on. The others are options of :func:`tsqp.from_pretrained`.
     """
     chosen = get_placement(placement, keep_embedding)
     if perf_log is not None and not chosen.needs_server:
@@ -109,7 +110,7 @@ def split_model(
         if dtype not in ("auto", *FLOAT_DTYPES):
             raise ConfigError(f"--dtype {dtype!r} is unknown; give auto, {', '.join(FLOAT_DTYPES)}")
         quiet_progress_bars()
-        if threads is not None:
+        if threads is not None and threads != torch.get_num_threads():  # setting it starts torch's second pool
             torch.set_num_threads(threads)
         tell(f"connecting to {where}" if chosen.needs_server else f"loading {path}")
         options: dict[str, Any] = {"connect_timeout": _CONNECT_TIMEOUT_S} if chosen.needs_server else {}
@@ -117,7 +118,8 @@ def split_model(
             options["timeout"] = timeout
         if perf_log is not None:
             options["perf_log"] = perf_log
-        options |= {} if trusted == (None, None) else {"trusted_weights": trusted[0], "trusted_digest": trusted[1]}
+        trust = {"trusted_weights": trusted_weights, "trusted_digest": trusted_digest}
+        options.update({name: value for name, value in trust.items() if value is not None})
         if chosen.needs_server:
             options.update(curve_key=curve_key, curve_server=curve_server)
         model = from_pretrained(path, where, chosen, wire_dtype, dtype, **options)
