@@ -37,7 +37,15 @@ ABOUT = (
 )
 EXAMPLE = 'Example: echo "And the king said" | tsqp run --endpoint tcp://127.0.0.1:5555 --threads 2'
 #: Options of ``split_model`` that are named as there.
-_OF_THE_MODEL = ("placement", "keep_embedding", "dtype", "wire_dtype", "threads", "perf_log", "timeout")
+_OF_THE_MODEL: tuple[str, ...] = (
+    "placement",
+    "keep_embedding",
+    "dtype",
+    "wire_dtype",
+    "threads",
+    "perf_log",
+    "timeout",
+)
 _OF_THE_MODEL += ("curve_key", "curve_server", "trusted_weights", "trusted_digest")
 
 
