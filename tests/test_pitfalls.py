@@ -147,6 +147,32 @@ def test_ipc_from_inside_gramine_is_refused_with_the_reason(endpoint, monkeypatc
         tsqp.connect("tcp://127.0.0.1:9", wait="block")
 
 
+@pytest.mark.parametrize("end", ["close", "kill", "our close"])
+def test_the_name_of_an_enclaves_segment_ends_with_the_connection(end, start_peer, shm_directory):
+    """Whoever still holds the old channel: the next client may need the same name."""
+    with tsqp.listen("tcp://127.0.0.1:0", 1 << 16, 2, shm_name="tsqp-fixed") as listener:
+        kept = []
+        for _ in range(2):
+            peer = start_peer(peers.channel_end, "client", listener.endpoint, {}, env={"TSQP_ENCLAVE": "gramine"})
+            kept.append(listener.accept(PATIENCE_S))
+            assert peer.hear() == "made"
+            assert kept[-1].transport == "shm+tcp"
+            assert os.listdir(shm_directory) == ["tsqp-fixed"]
+            if end == "our close":
+                kept[-1].close()
+                assert os.listdir(shm_directory) == []
+            elif end == "kill":
+                peer.kill()
+            if end != "kill":
+                peer.ask("close")
+            deadline = time.monotonic() + PATIENCE_S
+            while os.listdir(shm_directory):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        for channel in kept:
+            channel.close()
+
+
 def test_a_client_that_takes_itself_for_an_enclave_polls_and_is_served(start_peer, shm_directory):
     """Over TCP and shared memory; neither end counts on a futex then, and the name of the segment stays."""
     with tsqp.listen("tcp://127.0.0.1:0", **CARRIERS["ring-tcp"].listen_options) as listener:

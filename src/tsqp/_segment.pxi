@@ -118,6 +118,11 @@ cdef class Segment:
         self.usable()
         check(c.tsqp_segment_unlink(self.ptr), f"unlinking segment {self.name}")
 
+    def drop_name(self):
+        """Removes the name if it is still there. In a forked child nothing; what can't be removed is the reaper's."""
+        if self.ptr != NULL:
+            c.tsqp_segment_unlink(self.ptr)
+
     def close_end(self):
         """Tells the peer that this end is finished."""
         if self.ptr != NULL:

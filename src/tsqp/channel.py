@@ -288,6 +288,7 @@ class Channel(Port):
         self._closed = True
         if self._segment is not None:
             self._segment.close_end()
+            self._segment.drop_name()  # who maps it keeps it
         for ring in (self._tx, self._rx):
             if ring is not None:
                 ring.close()

@@ -51,7 +51,7 @@ class FixedSegment:
         if segment is None or segment is not self._lent:
             return
         self._lent = None
-        segment.unlink()
+        segment.drop_name()
         self._retry_at = 0.0
         self.look()
 

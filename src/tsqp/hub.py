@@ -324,8 +324,11 @@ class Hub:
             client.link.end(reason)
 
     def _forget(self, client: Client) -> None:
-        """The segment's memory goes with the last reference: the channel's, once its user closed it."""
+        """The segment's memory goes with the last reference: the channel's, once its user closed and dropped it. Its
+        name goes now: an enclave's client needed it so long, and the next one may need the same."""
         self.clients.pop(client.identity, None)
+        if client.segment is not None:
+            client.segment.drop_name()
         self.fixed.release(client.segment)
         client.segment = None
 
