@@ -35,7 +35,15 @@ NUMBERS = {
     "signalfd4": (289, 74),
     "membarrier": (324, 283),
     "getrusage": (98, 165),
+    "pidfd_getfd": (438, 438),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "tkill": (200, 130),
+    "sendmmsg": (307, 269),
     "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
     "fallocate": (285, 47),
     "flock": (73, 32),
     "io_uring_setup": (425, 425),
@@ -48,14 +56,15 @@ NUMBERS = {
     "execveat": (322, 281),
     "openat2": (437, 437),
     "getdents64": (217, 61),
-    "pread64": (17, 67),
     "kill": (62, 129),
     "tgkill": (234, 131),
     "prlimit64": (302, 261),
-    "getpgid": (121, 155),
     "sendfile": (40, 71),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
 }
-_SIGCHLD, _CLONE_VM = 17, 0x100
+_SIGCHLD = 17
+INSIDE = os.path.exists("/dev/attestation")
 _FUTEX_WAKE, _PRIVATE = 1, 128
 
 
@@ -68,6 +77,15 @@ def call(name: str, *arguments: object) -> int:
     if done == -1:
         raise OSError(ctypes.get_errno(), name)
     return int(done)
+
+
+def _exists(name: str, *arguments: object) -> None:
+    """Called so that it does nothing: whatever it says, unless that there is no such call."""
+    try:
+        call(name, *arguments)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise
 
 
 def _child(pid: int) -> None:
@@ -220,7 +238,7 @@ def _host_pids() -> None:
 
 
 def _attestation() -> None:
-    if not os.path.exists("/dev/attestation"):
+    if not INSIDE:
         raise OSError(errno.ENOENT, "not inside")
 
 
@@ -242,6 +260,11 @@ def probes(segment_path: str, host_socket: str) -> dict[str, Callable[[], object
         "pread": lambda: os.pread(segment, 1, 0),
         "pwrite": lambda: os.pwrite(segment, b"x", 0),
         "lseek": lambda: os.lseek(segment, 0, 0),
+        "readv": lambda: os.readv(segment, [bytearray(1)]),
+        "writev": lambda: os.writev(segment, [b"x"]),
+        "preadv": lambda: os.preadv(segment, [bytearray(1)], 0),
+        "pwritev": lambda: os.pwritev(segment, [b"x"], 0),
+        "copy_file_range": lambda: os.copy_file_range(segment, segment, 1, 0, 4096),
         "sendfile": lambda: call("sendfile", segment, segment, None, 0),
         "read of a duplicate": lambda: _read_duplicate(segment),
         "posix_fallocate on the segment": lambda: os.posix_fallocate(segment, 0, 4096),
@@ -268,12 +291,26 @@ def probes(segment_path: str, host_socket: str) -> dict[str, Callable[[], object
         "signalfd": lambda: os.close(call("signalfd4", -1, ctypes.byref(ctypes.c_uint64(0)), 8, 0)),
         "membarrier": lambda: call("membarrier", 0, 0, 0),
         "getrusage": lambda: call("getrusage", 0, ctypes.create_string_buffer(256)),
-        "shmget": lambda: call("shmget", 0x74737170, 0, 0) if os.path.exists("/dev/attestation") else 0,
+        "pidfd_send_signal": lambda: _exists("pidfd_send_signal", -1, 0, None, 0),
+        "pidfd_getfd": lambda: _exists("pidfd_getfd", -1, 0, 0),
+        "process_vm_readv": lambda: _exists("process_vm_readv", os.getpid(), None, 0, None, 0, 0),
+        "process_vm_writev": lambda: _exists("process_vm_writev", os.getpid(), None, 0, None, 0, 0),
+        "ptrace": lambda: _exists("ptrace", 0xFFFF, os.getpid(), None, None),
+        "tkill": lambda: _exists("tkill", 0, 0),
+        "sendmmsg": lambda: _exists("sendmmsg", -1, None, 0, 0),
+        # A kernel may be without these: tried inside only.
+        "shmget": lambda: INSIDE and call("shmget", 0x74737170, 0, 0),
+        "semget": lambda: INSIDE and call("semget", 0x74737170, 0, 0),
+        "msgget": lambda: INSIDE and call("msgget", 0x74737170, 0, 0),
+        "io_uring": lambda: INSIDE and call("io_uring_setup", 0, None),
         "fallocate elsewhere": _fallocate,
-        "futex_waitv": _waitv,
+        "futex_waitv": lambda: _exists("futex_waitv", None, 0, 0, None, 0),
         "fork": lambda: _child(os.fork()),
         "raw fork": lambda: _child(call("fork")) if X86 else _child(call("clone", _SIGCHLD, None, None, None, None)),
         "raw clone": lambda: _child(call("clone", _SIGCHLD, None, None, None, None)),
+        # Where it is allowed it would use up this program's stack.
+        "raw vfork": lambda: INSIDE and (call("vfork") if X86 else call("clone", _SIGCHLD, None, None, None, None)),
+        "posix_spawn": lambda: os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0),
         "execve": lambda: _execute(lambda: call("execve", b"/bin/true", argv, None)),
         "execveat": lambda: _execute(lambda: call("execveat", -100, b"/bin/true", argv, None, 0)),
         "Unix datagram socket": lambda: _unix(socket.SOCK_DGRAM),
@@ -295,15 +332,6 @@ def probes(segment_path: str, host_socket: str) -> dict[str, Callable[[], object
 def _fallocate() -> None:
     with tempfile.TemporaryFile(dir="/var/tmp") as file:
         call("fallocate", file.fileno(), 0, ctypes.c_long(0), ctypes.c_long(4096))
-
-
-def _waitv() -> None:
-    """Too many words: EINVAL where the call exists, which counts as having it."""
-    try:
-        call("futex_waitv", None, 0, 0, None, 0)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
 
 
 def _execute(run: Callable[[], int]) -> None:
@@ -334,6 +362,15 @@ def _probe_parent(how: Callable[[int], object]) -> None:
     how(os.getppid() or 2)
 
 
+def _queue(name: str, *pids: int) -> None:
+    """Signal 0 with information of a kind that only the kernel may send to others: EPERM, where one may ask."""
+    try:
+        call(name, *pids, 0, ctypes.create_string_buffer(128))
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+
+
 #: What a process inside does not survive.
 DEADLY: dict[str, Callable[[], object]] = {
     "kill": lambda: _probe_parent(lambda pid: os.kill(pid, 0)),
@@ -341,6 +378,9 @@ DEADLY: dict[str, Callable[[], object]] = {
     "tgkill": lambda: _probe_parent(lambda pid: call("tgkill", pid, pid, 0)),
     "prlimit": lambda: _probe_parent(lambda pid: call("prlimit64", pid, 7, None, None)),
     "getpgid": lambda: _probe_parent(os.getpgid),
+    "getsid": lambda: _probe_parent(os.getsid),
+    "rt_sigqueueinfo": lambda: _probe_parent(lambda pid: _queue("rt_sigqueueinfo", pid)),
+    "rt_tgsigqueueinfo": lambda: _probe_parent(lambda pid: _queue("rt_tgsigqueueinfo", pid, pid)),
     "libzmq bind": _bind_libzmq,
 }
 
