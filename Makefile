@@ -7,10 +7,11 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo to
 # Workers that spin after each parallel region starve the other process on a small machine (docs: tuning).
 export OMP_WAIT_POLICY ?= passive
 
-PYTHON_CODE := src tests benchmarks tools docs gramine
+PYTHON_CODE := src tests benchmarks tools docs gramine deploy
+SCRIPTS     := .ci/run benchmarks/gpu.sh $(wildcard deploy/steps/*.sh)
 C_CODE      := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/enclave/*.c tests/enclave/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
-.PHONY: demo test test-c test-model test-fuzz lint format docs soak bench wheel clean
+.PHONY: demo test test-c test-model test-fuzz lint format docs soak bench wheel deploy-check clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -60,6 +61,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
+	$(BIN)/hadolint $(wildcard deploy/*.Dockerfile)
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec $(wildcard deploy/compose*.yaml)
+	$(BIN)/shellcheck $(SCRIPTS)
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest tsqp._ring tsqp._message tsqp._channel tsqp._kernels tsqp._perf
 
@@ -82,6 +86,10 @@ bench: $(VENV)/.installed
 wheel: $(VENV)/.deps
 	$(BIN)/pip install -q --disable-pip-version-check build
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# What the images do, step by step and without Docker: wheel, fresh environment, server, health check, runner, SIGTERM.
+deploy-check: $(VENV)/.installed
+	$(BIN)/python deploy/check.py --torch '$(TORCH)'
 
 clean:
 	rm -rf build dist .venv
