@@ -318,6 +318,17 @@ def test_a_client_whose_key_went_cannot_come_back_on_its_old_connection(keys, ca
         assert "was removed from the server's directory" in hs.unpack(hs.Refuse, heard[-1][1]).reason
 
 
+def test_who_has_left_is_forgotten(keys, endpoint):
+    with server_with(keys, CARRIERS["zmq-ipc"], endpoint) as listener, good_client(listener, keys, False) as both:
+        for _ in range(150):
+            with good_client(listener, keys, False):
+                pass
+        until(lambda: len(listener._hub._lock._came_with) < 80)
+        assert_works(*both)
+        keys.expel("client")  # and who has not left is remembered
+        until(lambda: both[1].closed)
+
+
 def test_a_key_that_is_added_is_let_in_without_a_restart(keys, carrier, endpoint):
     with server_with(keys, carrier, endpoint) as listener, good_client(listener, keys, carrier.shm) as both:
         with pytest.raises(AuthenticationError):

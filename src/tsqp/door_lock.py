@@ -27,6 +27,7 @@ _ZAP_VERSION, _ZAP_PARTS = b"1.0", 7
 _AT_ONCE = 64
 #: An unknown key may have been added just now: the directory is looked at again, but not more often than this.
 _FRESH_S = 0.002
+_MANY = 64
 #: Whoever is refused can come again at once, and must not fill a log.
 _LOG_EVERY_S = 1.0
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -40,6 +41,8 @@ class DoorLock:
         #: Which key each client came in with.
         self._came_with: dict[bytes, bytes] = {}
         self._version = -1
+        #: Those who have left are forgotten when there are so many.
+        self._many = _MANY
         self._logged, self._unlogged = float("-inf"), 0
         self._zap: zmq.Socket | None = None
         #: What the ROUTER's monitor has to watch for :meth:`hear`.
@@ -69,10 +72,11 @@ class DoorLock:
         self._answer()
         clients = self._keys.clients
         clients.look()
-        if clients.version == self._version:
+        if clients.version == self._version and len(self._came_with) < self._many:
             return []
         self._version = clients.version
         self._came_with = {who: key for who, key in self._came_with.items() if any(who in some for some in present)}
+        self._many = 2 * len(self._came_with) + _MANY
         return [who for who, key in self._came_with.items() if not clients.knows(key)]
 
     def refusal(self, identity: bytes, hello: zmq.Frame) -> str:
@@ -84,7 +88,7 @@ class DoorLock:
                 return f"it serves user {os.geteuid()} and root, and this is {who}; run both ends as one user"
         if self._keys is None:
             return ""
-        key = str(hello.get("User-Id")).encode()  # put there by our own answer, whatever the client says of itself
+        key = _key_of(hello)
         if not self._keys.clients.knows(key):
             return "this client's key was removed from the server's directory; have it added again"
         self._came_with[identity] = key
@@ -133,3 +137,11 @@ class DoorLock:
         more = f" ({self._unlogged} more since the last line)" if self._unlogged else ""
         self._logged, self._unlogged = now, 0
         log.warning("%s%s", text, more)
+
+
+def _key_of(frame: zmq.Frame) -> bytes:
+    """The key that the sender of this frame came in with: our own answer put it there, and the client can't."""
+    try:
+        return str(frame.get("User-Id")).encode()
+    except zmq.ZMQError:
+        return b""
