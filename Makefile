@@ -54,6 +54,7 @@ soak: $(VENV)/.installed
 	TSQP_SOAK=1 $(BIN)/python -m pytest -q -s tests/test_hostile_segment.py
 	TSQP_SOAK=5 $(BIN)/python -m pytest -q -s tests/test_kill_campaign.py
 	TSQP_SOAK=1 $(BIN)/python -m pytest -q -s tests/test_torn_reads.py
+	TSQP_SOAK=1 $(BIN)/python -m pytest -q tests/test_gramine_view.py
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]' --no-build-isolation \
