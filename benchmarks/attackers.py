@@ -291,12 +291,12 @@ ATTACKERS: dict[str, Callable[[str], Attacker]] = {
 
 def attack(wire: Connection, name: str, endpoint: str, rate: float) -> None:
     """Attacks, ``rate`` turns a second at most, from one word of ``wire`` to the next; then says how many turns there
-    were and how many of them the server kept from happening. None ends it."""
+    were, how many of them the server kept from happening, and the seconds of CPU time they took. None ends it."""
     attacker = ATTACKERS[name](endpoint)
     wire.send("ready")
     while wire.recv() is not None:
         turns = refused = 0
-        begin = time.monotonic()
+        begin, cpu_s = time.monotonic(), time.process_time()
         while not wire.poll(max(0.0, begin + turns / rate - time.monotonic())):
             try:
                 attacker.turn()
@@ -305,5 +305,5 @@ def attack(wire: Connection, name: str, endpoint: str, rate: float) -> None:
             turns += 1
         wire.recv()
         attacker.leave()
-        wire.send((turns, refused))
+        wire.send((turns, refused, time.process_time() - cpu_s))
     attacker.close()

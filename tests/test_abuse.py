@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import abuse
 from benchmarks.attackers import ATTACKERS, attack
 from carriers import CARRIERS, CHUNK, Carrier
 from kills import EchoServer
 from peers import PATIENCE_S, Peer
+from rpc_support import HIDDEN, client_of, serving, tiny_model
 from wire_bytes import check_numbered, numbered
 
 import tsqp
 from tsqp import connections, door
 from tsqp.errors import ClosedError, TsqpError
+from tsqp.limits import Limits
 from tsqp.listener import Listener
 from tsqp.transport import Channel
 
@@ -107,7 +110,7 @@ def under_attack(listener: Listener, healthy: Healthy, attacker: Peer, carrier: 
         for _ in range(5):
             Healthy(late).echo(1000)
     attacker.say("enough")
-    turns, _ = attacker.hear()
+    turns, *_ = attacker.hear()
     assert turns > TURNS / 3, "there was an attack"
     return count
 
@@ -168,6 +171,41 @@ def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(endpoin
         attacker.hear()
         for channel in channels:
             channel.close()
+
+
+@pytest.mark.parametrize("name", ["half-open", "replay", "flood", "large flood"])
+def test_a_server_of_a_model_is_attacked(tmp_path, start_peer, name):
+    """Runners get right results, and one that comes later, too."""
+    model = tiny_model()
+    h = torch.randn(2, HIDDEN)
+    expected = torch.nn.functional.linear(h, model.lm_head.weight.detach())
+    with serving(model, tmp_path, limits=Limits(unread_bytes=64 << 20)) as server, client_of(server) as runner:
+        attacker = begun(start_peer, name, server._listener)
+        attacker.say("begin")
+        end = time.monotonic() + TURNS / RATE
+        while time.monotonic() < end:
+            torch.testing.assert_close(runner.lm_head(h), expected)
+        with client_of(server) as late:
+            torch.testing.assert_close(late.lm_head(h), expected)
+        attacker.say("enough")
+        assert attacker.hear()[0] > TURNS / 10
+        until(lambda: server.stats["clients"] == 1, "only the runner is left")
+        torch.testing.assert_close(runner.lm_head(h), expected)
+
+
+def test_the_benchmark_sums_up():
+    """What was left, what was taken, and a mark below the bar."""
+    rows = {
+        "alone": [(100.0, 0.5), (200.0, 1.0), (100.0, 0.5)],
+        "attacked": [(80.0, 0.5), (190.0, 1.0), (80.0, 0.5)],
+        "busy": [(90.0, 0.5)] * 3,
+        "share": [0.1] * 3,
+        "blows": [200.0] * 3,
+    }
+    found = abuse.summary(rows)
+    assert found["attacked"] == pytest.approx(0.8)
+    assert found["taken"] == pytest.approx(0.1)
+    assert next(iter(abuse.table({"flood": found}).columns[5].cells)) == "0.800 !"
 
 
 def test_a_flood_is_cut_off_and_told_why(endpoint, start_peer):
