@@ -262,14 +262,17 @@ def test_terminals_and_windows_stay_outside():
 # --- command and environment ----------------------------------------------------------------------------------
 
 
-def test_the_arguments_are_options_of_the_command():
+@pytest.mark.parametrize(
+    ("module", "words", "command"), [("tsqp.run", ["tsqp.run"], "run"), ("tsqp", ["tsqp", "generate"], "generate")]
+)
+def test_the_arguments_are_options_of_the_command(module, words, command):
     from tsqp import cli
 
-    known = {opt for param in typer.main.get_command(cli.app).commands["generate"].params for opt in param.opts}
+    known = {opt for param in typer.main.get_command(cli.app).commands[command].params for opt in param.opts}
     for kind in KINDS:
-        argv = rendered(kind, ARGS="--stats --seed 3").argv
-        assert argv[:5] == ["python3", "-S", "-m", "tsqp", "generate"]
-        assert {word for word in argv[5:] if word.startswith("--")} <= known
+        argv = rendered(kind, MODULE=module, ARGS="--stats --seed 3").argv
+        assert argv[: 3 + len(words)] == ["python3", "-S", "-m", *words]
+        assert {word for word in argv[3 + len(words) :] if word.startswith("--")} <= known
         assert argv[-3:] == ["--stats", "--seed", "3"]
 
 
@@ -283,7 +286,7 @@ def test_the_arguments_are_those_asked_for():
     local = rendered("local", PLACEMENT="layer")
     assert local.option("--placement") == "local"
     assert "--endpoint" not in local.argv
-    assert rendered("runner", MODULE="tsqp.run", PROMPT="").argv[:5] == ["python3", "-S", "-m", "tsqp.run", "--model"]
+    assert rendered("runner", PROMPT="").argv[:5] == ["python3", "-S", "-m", "tsqp.run", "--model"]
 
 
 def test_the_environment_is_the_manifests_alone():
