@@ -27,6 +27,8 @@ from zmq.utils import z85
 from tsqp import demo, from_pretrained
 from tsqp.client import GPUClient
 
+pytestmark = pytest.mark.watchdog(180)
+
 REMOTE = ["linear", "ops", "fused", "layer"]
 #: Ids of the embedded model that are no number seen everywhere else (its vocabulary is 2048).
 LOW, HIGH = 1024, 2048

@@ -38,9 +38,12 @@ MORE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "bloom": ({"n_head": 4, "n_layer": 2}, ["linear"]),
     "gpt2": ({"n_embd": 48, "n_head": 4, "n_layer": 2, "tie_word_embeddings": True}, ["fused", "layer"]),
 }
+#: Family, placement, and where the table comes from: that does not depend on the placement.
 RUNS = [
-    *((family, placement) for family in FAMILIES for placement in REMOTE),
-    *((family, placement) for family, (_, placements) in MORE.items() for placement in placements),
+    (family, placement, source)
+    for family, placements in (*((family, REMOTE) for family in FAMILIES), *((f, p) for f, (_, p) in MORE.items()))
+    for placement in placements
+    for source in (("server", "path") if placement == placements[0] else ("server",))
 ]
 SOURCES = ["server", "path"]
 
@@ -101,8 +104,7 @@ def test_a_placement_of_ones_own_that_leaves_embedding_out_keeps_it() -> None:
 # --- the same results ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("served", "placement"), RUNS, indirect=["served"])
+@pytest.mark.parametrize(("served", "placement", "source"), RUNS, indirect=["served"])
 def test_parity_and_round_trips(placement: str, source: str, served: Any) -> None:
     stock, path, endpoint = served
     model = from_pretrained(path if source == "path" else None, endpoint, placement, keep_embedding=True)
@@ -330,6 +332,7 @@ def test_positions_with_a_forward_of_their_own_need_a_checkpoint(tmp_path: Path)
 # --- the commands ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.watchdog(180)  # it starts two servers
 def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with ServerProcess(demo.model_path()) as server:
         server.connect().close()
