@@ -60,6 +60,12 @@ INLINE SIMD vf vround(vf x, unsigned dtype) {
     return dtype == TSQP_FLOAT32 ? x : _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16_bits(x), 16));
 }
 
+/* Each as vround does. */
+INLINE SIMD void vround2(vf *x, vf *y, unsigned dtype) {
+    *x = vround(*x, dtype);
+    *y = vround(*y, dtype);
+}
+
 /* To bfloat16, half a step upwards; any NaN has to be one of bfloat16. */
 INLINE SIMD vf vround_half_up(vf x) {
     __m256i sum = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x8000));

@@ -65,7 +65,17 @@ INLINE SIMD __m256i to_bfloat16(vf x) {
 }
 
 INLINE SIMD vf from_bfloat16(__m256i half) {
+#ifdef TSQP_BF16
+    /* Each 16 bits to the upper half of their lane in one instruction, which these machines do as fast as one
+     * of the two it takes otherwise. */
+    const __m512i to =
+        _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i upper = _mm512_slli_epi32(to, 16);
+    return _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_castsi256_si512(half)));
+#else
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#endif
 }
 
 INLINE SIMD vf vround(vf x, unsigned dtype) {
@@ -76,6 +86,20 @@ INLINE SIMD vf vround(vf x, unsigned dtype) {
 #else
     return _mm512_castsi512_ps(_mm512_and_si512(bfloat16_bits(x), _mm512_set1_epi32((int)0xffff0000)));
 #endif
+}
+
+/* Each as vround does. */
+INLINE SIMD void vround2(vf *x, vf *y, unsigned dtype) {
+#ifdef TSQP_BF16
+    if (dtype == TSQP_BFLOAT16) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(*y, *x);
+        *x = from_bfloat16(_mm512_castsi512_si256(both));
+        *y = from_bfloat16(_mm512_extracti64x4_epi64(both, 1));
+        return;
+    }
+#endif
+    *x = vround(*x, dtype);
+    *y = vround(*y, dtype);
 }
 
 /* To bfloat16, half a step upwards; any NaN has to be one of bfloat16. */

@@ -65,6 +65,12 @@ INLINE vf vround(vf x, unsigned dtype) {
     return dtype == TSQP_FLOAT32 ? x : (vf)(bfloat16_bits(x) << 16);
 }
 
+/* Each as vround does. */
+INLINE void vround2(vf *x, vf *y, unsigned dtype) {
+    *x = vround(*x, dtype);
+    *y = vround(*y, dtype);
+}
+
 /* To bfloat16, half a step upwards; any NaN has to be one of bfloat16. */
 INLINE vf vround_half_up(vf x) {
     return (vf)(((vu)x + 0x8000) & 0xffff0000);

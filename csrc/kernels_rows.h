@@ -220,16 +220,48 @@ static SIMD void silu_mul(const struct tsqp_silu_mul *job, size_t begin, size_t 
 
 /* ---- rotary embedding ---- */
 
-/* Elements i and i + dim/2 of a line, n of each; both are read before either is written. */
-INLINE SIMD void rotate_part(const uint8_t *x, uint8_t *out, const uint8_t *cos, const uint8_t *sin,
-                             size_t half, unsigned dtype, size_t n) {
-    vf low = vget(x, dtype, n), high = vget(x + half, dtype, n);
-    vf low_cos = vround(vmul(low, vget(cos, dtype, n)), dtype);
-    vf low_sin = vround(vmul(high, vget(sin, dtype, n)), dtype);
-    vf high_cos = vround(vmul(high, vget(cos + half, dtype, n)), dtype);
-    vf high_sin = vround(vmul(low, vget(sin + half, dtype, n)), dtype);
-    vput(out, dtype, vsub(low_cos, low_sin), n, false);
-    vput(out + half, dtype, vadd(high_cos, high_sin), n, false);
+/* Lines that share their row of the tables, `x_step` and `out_step` bytes apart. */
+struct lines {
+    const uint8_t *x, *cos, *sin;
+    uint8_t *out;
+    int64_t x_step, out_step;
+    size_t count, half; /* half of a line in bytes */
+};
+
+/* Elements i and i + dim/2 of the lines, n of each, from byte `at` on; both are read before either is
+ * written. */
+INLINE SIMD void rotate_part(const struct lines *lines, size_t at, unsigned dtype, size_t n) {
+    const size_t half = lines->half;
+    const vf cos_low = vget(lines->cos + at, dtype, n), cos_high = vget(lines->cos + at + half, dtype, n);
+    const vf sin_low = vget(lines->sin + at, dtype, n), sin_high = vget(lines->sin + at + half, dtype, n);
+    const uint8_t *x = lines->x + at;
+    uint8_t *out = lines->out + at;
+    const int64_t x_step = lines->x_step, out_step = lines->out_step;
+    for (size_t left = lines->count; left > 0; left--, x += x_step, out += out_step) {
+        vf low = vget(x, dtype, n), high = vget(x + half, dtype, n);
+        vf low_cos = vmul(low, cos_low), low_sin = vmul(high, sin_low);
+        vf high_cos = vmul(high, cos_high), high_sin = vmul(low, sin_high);
+        vround2(&low_cos, &low_sin, dtype);
+        vround2(&high_cos, &high_sin, dtype);
+        vput(out, dtype, vsub(low_cos, low_sin), n, false);
+        vput(out + half, dtype, vadd(high_cos, high_sin), n, false);
+    }
+}
+
+/* The lines from the cursor's on, at most `most`, that lie in one dimension in which the tables repeat. */
+INLINE struct lines lines_at(const struct tsqp_rotary *job, const struct cursor *cursor, size_t most,
+                             size_t width) {
+    const unsigned inner = TSQP_ROTARY_NDIM - 1;
+    const bool shared = job->cos_strides[inner] == 0 && job->sin_strides[inner] == 0;
+    const size_t left = shared ? job->shape[inner] - cursor->index[inner] : 1;
+    return (struct lines){.x = (const uint8_t *)job->x + cursor->offset[0] * (int64_t)width,
+                          .cos = (const uint8_t *)job->cos + cursor->offset[2] * (int64_t)width,
+                          .sin = (const uint8_t *)job->sin + cursor->offset[3] * (int64_t)width,
+                          .out = (uint8_t *)job->out + cursor->offset[1] * (int64_t)width,
+                          .x_step = job->x_strides[inner] * (int64_t)width,
+                          .out_step = job->out_strides[inner] * (int64_t)width,
+                          .count = left < most ? left : most,
+                          .half = job->dim / 2 * width};
 }
 
 INLINE SIMD void rotary_lines(const struct tsqp_rotary *job, size_t begin, size_t end, unsigned dtype) {
@@ -239,16 +271,14 @@ INLINE SIMD void rotary_lines(const struct tsqp_rotary *job, size_t begin, size_
                             .ndim = TSQP_ROTARY_NDIM,
                             .tensors = 4};
     cursor_seek(&cursor, begin);
-    for (size_t line = begin; line < end; line++, cursor_next(&cursor)) {
-        const uint8_t *x = (const uint8_t *)job->x + cursor.offset[0] * (int64_t)width;
-        uint8_t *out = (uint8_t *)job->out + cursor.offset[1] * (int64_t)width;
-        const uint8_t *cos = (const uint8_t *)job->cos + cursor.offset[2] * (int64_t)width;
-        const uint8_t *sin = (const uint8_t *)job->sin + cursor.offset[3] * (int64_t)width;
-        for (size_t i = 0; i < whole * width; i += LANES * width)
-            rotate_part(x + i, out + i, cos + i, sin + i, count * width, dtype, LANES);
+    while (begin < end) {
+        const struct lines lines = lines_at(job, &cursor, end - begin, width);
+        for (size_t at = 0; at < whole * width; at += LANES * width)
+            rotate_part(&lines, at, dtype, LANES);
         if (whole < count)
-            rotate_part(x + whole * width, out + whole * width, cos + whole * width, sin + whole * width,
-                        count * width, dtype, count - whole);
+            rotate_part(&lines, whole * width, dtype, count - whole);
+        cursor_skip(&cursor, lines.count);
+        begin += lines.count;
     }
 }
 

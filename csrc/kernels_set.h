@@ -69,4 +69,13 @@ static inline void cursor_next(struct cursor *cursor) {
     }
 }
 
+/* Past `rows` rows, 1 or more, of the last dimension. */
+static inline void cursor_skip(struct cursor *cursor, size_t rows) {
+    const unsigned last = cursor->ndim - 1;
+    cursor->index[last] += rows - 1;
+    for (unsigned t = 0; t < cursor->tensors; t++)
+        cursor->offset[t] += (int64_t)(rows - 1) * cursor->strides[t][last];
+    cursor_next(cursor);
+}
+
 #endif
