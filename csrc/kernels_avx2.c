@@ -6,6 +6,7 @@
 
 #define SIMD __attribute__((target("avx2,fma")))
 #define LANES 8
+#define SHIFT_BOUND 0x1p16f
 typedef __m256 vf;
 
 INLINE SIMD vf vset(float x) {

@@ -11,6 +11,7 @@
 #define SIMD __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #endif
 #define LANES 16
+#define SHIFT_BOUND 0x1p16f
 typedef __m512 vf;
 
 INLINE SIMD __mmask16 first_lanes(size_t n) {

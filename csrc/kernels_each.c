@@ -4,6 +4,7 @@
 
 #define SIMD
 #define LANES 4
+#define SHIFT_BOUND 0 /* a product and a sum are two roundings */
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));

@@ -24,8 +24,7 @@ INLINE SIMD vf vexp(vf x) {
 INLINE SIMD vf vexp2(vf t, unsigned dtype) {
     vf n, f = vfraction(t, &n), p;
     if (dtype == TSQP_BFLOAT16) {
-        p = vfma(vset(ROUGH_C4), f, vset(ROUGH_C3));
-        p = vfma(p, f, vset(ROUGH_C2));
+        p = vfma(vset(ROUGH_C3), f, vset(ROUGH_C2));
         p = vfma(p, f, vset(ROUGH_C1));
         return vscale2(vfma(p, f, vset(ROUGH_C0)), n);
     }
@@ -176,7 +175,7 @@ static SIMD void rms_norm(const struct tsqp_rms_norm *job, size_t begin, size_t 
 INLINE SIMD vf silu_mul_part(const uint8_t *gates, const uint8_t *ups, unsigned dtype, size_t n) {
     vf gate = vget(gates, dtype, n), up = vget(ups, dtype, n);
     if (dtype ==
-        TSQP_BFLOAT16) { /* 2^-13.8 off before it is rounded, by which half a step counts for nothing */
+        TSQP_BFLOAT16) { /* 2^-12.8 off before it is rounded, by which half a step counts for nothing */
         vf power = vexp2(vmul(gate, vset(-LOG2_E)), dtype);
         return vmul(vround_half_up(vdivide_rough(gate, vadd(vset(1), power))), up);
     }

@@ -32,7 +32,7 @@
 
 /* 2^f for f in [0, 1): the polynomials with the least relative error whose first coefficient is 1 (for
  * float32) or any (for what is rounded to bfloat16, half a step of which is 2^-9). Rounding included, 6.5e-8
- * and 2^-18.5. */
+ * and 2^-13.7. */
 #define EXP2_BOUND 160.0f
 #define EXP2_C1 0x1.62e42cp-1f
 #define EXP2_C2 0x1.ebfd58p-3f
@@ -40,11 +40,10 @@
 #define EXP2_C4 0x1.3d0b92p-7f
 #define EXP2_C5 0x1.46d64cp-10f
 #define EXP2_C6 0x1.c54174p-13f
-#define ROUGH_C0 0x1.00002cp+0f
-#define ROUGH_C1 0x1.62d166p-1f
-#define ROUGH_C2 0x1.ee798ap-3f
-#define ROUGH_C3 0x1.aa13f0p-5f
-#define ROUGH_C4 0x1.bb7cd4p-7f
+#define ROUGH_C0 0x1.fff632p-1f
+#define ROUGH_C1 0x1.64444cp-1f
+#define ROUGH_C2 0x1.cefc4cp-3f
+#define ROUGH_C3 0x1.3f96a4p-4f
 
 INLINE size_t width_of(unsigned dtype) {
     return dtype == TSQP_FLOAT32 ? 4 : 2;

@@ -297,6 +297,48 @@ static void softmax_of_any_size(void) {
     softmax_with(TSQP_BFLOAT16, TSQP_BFLOAT16, 4096, TSQP_MASK_NONE, true, 1000);
 }
 
+/* The two ends of what is visible everywhere beside the borders of vectors, pairs and strips (of 512). */
+static void softmax_across_strips(void) {
+    static const size_t keys[] = {511, 512, 513, 1024, 1056, 1100, 2048 + 7};
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
+        for (unsigned d = 0; d < 4; d++) {
+            const unsigned dtype = DTYPES[d % 2], out_dtype = DTYPES[d / 2];
+            for (int kind = TSQP_MASK_NONE; kind <= TSQP_MASK_BFLOAT16; kind++)
+                softmax_with(dtype, out_dtype, keys[i], (enum tsqp_mask)kind, false, 0);
+            for (size_t window = 0; window <= keys[i] / 2; window += 61)
+                softmax_with(dtype, out_dtype, keys[i], TSQP_MASK_NONE, true, window);
+        }
+}
+
+/* All of one row's scores are `base` and up to 4 more: their size must cost no precision but its own. */
+static void softmax_of_scores_about(float base, unsigned out_dtype, double steps) {
+    float scores[QUERIES * KEYS], scratch[SOFTMAX_ROWS * (KEYS + 2 * SCRATCH_PADDING)];
+    void *out = check_malloc(QUERIES * KEYS * width(out_dtype));
+    struct tsqp_softmax job = softmax_job(scores, out, TSQP_FLOAT32, out_dtype, KEYS);
+    job.scale = 1;
+    for (size_t i = 0; i < QUERIES * KEYS; i++)
+        scores[i] = base + some(2);
+    set->softmax(&job, 0, QUERIES, scratch, false);
+    for (size_t q = 0; q < QUERIES; q++) {
+        double sum = 0;
+        for (size_t k = 0; k < KEYS; k++)
+            sum += exp((double)scores[q * KEYS + k] - base);
+        for (size_t k = 0; k < KEYS; k++)
+            CHECK(near(at(out, q * KEYS + k, out_dtype), exp((double)scores[q * KEYS + k] - base) / sum,
+                       out_dtype, steps, 0));
+    }
+    free(out);
+}
+
+/* Exponents are rounded at 2^-25 of their size, at most some 6 here: 1 is what rounding alone may cost. */
+static void softmax_keeps_its_precision(void) {
+    static const float bases[] = {0, 3, -40, 1000, -40000, 50000, 4e6f, -7e6f};
+    for (size_t i = 0; i < sizeof bases / sizeof bases[0]; i++) {
+        softmax_of_scores_about(bases[i], TSQP_BFLOAT16, 1.04);
+        softmax_of_scores_about(bases[i], TSQP_FLOAT32, 16);
+    }
+}
+
 static void softmax_rows_that_are_no_numbers(void) {
     float scores[QUERIES * KEYS], out[QUERIES * KEYS], scratch[SOFTMAX_ROWS * (KEYS + 2 * SCRATCH_PADDING)];
     struct tsqp_softmax job = softmax_job(scores, out, TSQP_FLOAT32, TSQP_FLOAT32, KEYS);
@@ -385,6 +427,8 @@ int main(void) {
         RUN(silu_mul_of_what_is_no_number);
         RUN(rotary_of_any_size);
         RUN(softmax_of_any_size);
+        RUN(softmax_across_strips);
+        RUN(softmax_keeps_its_precision);
         RUN(softmax_rows_that_are_no_numbers);
         RUN(softmax_of_a_hidden_row);
     }
