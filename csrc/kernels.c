@@ -15,6 +15,7 @@
 
 /* Elements of one piece: some 10 µs, several times what waking a thread costs the caller. */
 #define PIECE_ELEMENTS ((size_t)1 << 15)
+#define PIECES_EACH 32 /* at most, for each thread */
 #define STACK_FLOATS 4608
 #define CACHE_BYTES ((size_t)32 << 20) /* where the machine does not say */
 
@@ -69,8 +70,12 @@ struct call {
     bool stream;
 };
 
-static size_t rows_per_piece(size_t cols) {
-    return cols < PIECE_ELEMENTS ? PIECE_ELEMENTS / (cols ? cols : 1) : 1;
+/* Of much work longer pieces: a kernel that is at several rows at a time, and fetches others ahead, loses
+ * some of that at each end of a piece. */
+static size_t rows_per_piece(size_t rows, size_t cols) {
+    size_t grain = cols < PIECE_ELEMENTS ? PIECE_ELEMENTS / (cols ? cols : 1) : 1;
+    size_t share = rows / (PIECES_EACH * (size_t)tsqp_threads());
+    return grain < share ? share : grain;
 }
 
 static unsigned participants_for(size_t count, size_t grain) {
@@ -90,7 +95,7 @@ static size_t bytes_of(unsigned dtype) {
 /* Runs `task` over `rows` rows of `cols` elements, each participant with `scratch_rows` rows of scratch. */
 static int with_scratch(tsqp_task task, struct call *call, size_t rows, size_t cols, size_t scratch_rows) {
     _Alignas(64) float stack[STACK_FLOATS];
-    size_t grain = rows_per_piece(cols);
+    size_t grain = rows_per_piece(rows, cols);
     unsigned participants = participants_for(rows, grain);
     call->scratch_floats = scratch_row(cols) * scratch_rows;
     float *heap = NULL;
@@ -177,7 +182,8 @@ int tsqp_rotary(const struct tsqp_rotary *jobs, size_t count) {
     if (count < 1 || count > 2)
         return TSQP_USAGE;
     struct call call = {.job = jobs, .second = lines_of(&jobs[0])};
-    size_t lines = call.second + (count == 2 ? lines_of(&jobs[1]) : 0), grain = rows_per_piece(jobs[0].dim);
+    size_t lines = call.second + (count == 2 ? lines_of(&jobs[1]) : 0),
+           grain = rows_per_piece(lines, jobs[0].dim);
     tsqp_parallel(rotary_task, &call, lines, grain, participants_for(lines, grain));
     return TSQP_OK;
 }
