@@ -18,7 +18,7 @@ from wire_bytes import check_numbered, numbered
 import tsqp
 from tsqp import handshake as hs
 from tsqp.admission import BURST_S, LINGER_S, Admission, Hello
-from tsqp.connections import Connections, oldest_of_most
+from tsqp.connections import Connection, Connections, oldest_of_most
 from tsqp.cuda import _CALLS_PER_REPLACEMENT, Graphs
 from tsqp.errors import ClosedError, ConfigError, PeerDiedError
 from tsqp.limits import Limits
@@ -164,6 +164,22 @@ def test_the_time_that_segments_take_is_rationed():
     assert admission.may_spend(peer, 52.0)
     admission.forget(50.0 + 100)
     assert not admission._spent
+
+
+def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkeypatch):
+    """First those that are to go anyway, then silent ones, and one that waits for its answer last."""
+    monkeypatch.setattr(Connections, "_cut", lambda self, connection: self._open.pop(connection.fd))
+    connections, order = Connections(), "aabaac"
+    for fd, who in enumerate(order):
+        connections._open[fd] = Connection(fd, 0, ("process", who), 10.0)
+    connections.end_at(5, 10.0)
+    connections.spoke(0, "", 10.0)
+    monkeypatch.setattr("tsqp.connections.MAX_STRANGERS", 3)
+    connections.look(1.0)
+    assert sorted(connections._open) == [0, 2, 4]  # c's was to go; 1 and 3 are a's older ones that are silent
+    connections.keep(0)
+    connections.look(11.0)
+    assert sorted(connections._open) == [0]
 
 
 def test_the_oldest_of_most():

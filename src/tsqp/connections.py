@@ -105,14 +105,11 @@ class Connections:
         most = FEW_STRANGERS if scarce else MAX_STRANGERS
         strangers = [each for each in self._open.values() if each.deadline is not None]
         for connection in [each for each in strangers if each.deadline is not None and each.deadline < now]:
-            strangers.remove(connection)
             self._cut(connection)
-        while len(strangers) > most:
-            least = min(each.state for each in strangers)
-            victim = oldest_of_most([each for each in strangers if each.state == least], lambda each: each.peer)
-            assert victim is not None
-            strangers.remove(victim)
-            self._cut(victim)
+        strangers = [each for each in strangers if each.deadline is not None and each.deadline >= now]
+        if len(strangers) > most:
+            for connection in _least_worth(strangers)[: len(strangers) - most]:
+                self._cut(connection)
 
     def _cut(self, connection: Connection) -> None:
         """Ends a connection for both ends. libzmq reports it as any other end."""
@@ -124,6 +121,17 @@ class Connections:
             if error.errno in EXHAUSTED:
                 return  # the next look tries again
         self._open.pop(connection.fd, None)  # it has ended, or has by itself
+
+
+def _least_worth(connections: list[Connection]) -> list[Connection]:
+    """The connections, those first that can best be spared: of a state, the oldest of whoever has most."""
+    counts: Counter[tuple[int, Peer]] = Counter()
+    ranked = []
+    for age, connection in enumerate(reversed(connections)):
+        key = connection.state, connection.peer
+        ranked.append((connection.state, -counts[key], -age, connection))  # how many of its peer's are newer
+        counts[key] += 1
+    return [connection for *_, connection in sorted(ranked, key=lambda each: each[:3])]
 
 
 def _peer(fd: int) -> Peer:

@@ -16,6 +16,7 @@ LISTENING, CONNECTING, BORROWING = 32, 16, 12
 _FREE = 8
 #: Kept back for clients that have to be refused.
 _HELD = 8
+_PLENTY = 1 << 16
 #: What the system says where no more descriptors can be opened.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
@@ -37,6 +38,16 @@ def give_back(taken: list[int]) -> None:
     """Closes them all."""
     while taken:
         os.close(taken.pop())
+
+
+def raise_limit() -> None:
+    """Lets this process open as many files as its hard limit allows: the usual soft limit of 1024 is one that a burst
+    of connections reaches before anybody can end them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _PLENTY if hard == resource.RLIM_INFINITY else min(hard, _PLENTY)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # then it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def require(count: int, purpose: str) -> None:

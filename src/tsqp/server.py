@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import config, curve
+from . import config, curve, descriptors
 from .answering import Answering
 from .compiling import compile_mlps
 from .cuda import CudaWork, current
@@ -252,6 +252,7 @@ class GPUServer:
         if self._served.device.type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             log.warning("set OMP_WAIT_POLICY=passive: torch's idle threads starve a runner on the same cores")
         make_default_directory(config.parse_endpoint(self.endpoint))
+        descriptors.raise_limit()
         self._listener = listen(self.endpoint, **self._listen_options)
         self.endpoint = self._listener.endpoint
         try:
