@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import LIMIT_S, short_directory, wait_for
-from enclave.harness import HERE, Inside, Started, python, require_profile, run_inside
+from enclave.harness import HERE, Inside, Started, kill_all, python, require_profile, run_inside
 
 pytestmark = pytest.mark.watchdog(180)
 require_profile()
@@ -110,6 +110,12 @@ DEADLY = {
     "rt_tgsigqueueinfo": (signal.SIGSYS,),
     "libzmq bind": (signal.SIGABRT, signal.SIGSEGV),
 }
+
+
+@pytest.fixture(autouse=True)
+def _programs_end_with_their_test() -> Iterator[None]:
+    yield
+    kill_all()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from commands import environment, wait_for
-from enclave.harness import HERE, Inside, Started, python, require_profile, run_inside
+from enclave.harness import HERE, Inside, Started, kill_all, python, require_profile, run_inside
 
 import tsqp
 from tsqp.demo import PROMPT
@@ -37,6 +37,12 @@ SLOT, SLOTS = 1 << 20, 4
 #: fcntl: locks on the segment; flock: the performance log's; prctl: names of threads; clone3: the C library then
 #: uses clone; connect: the C library asks for nscd; openat: a library reads boot_id.
 HARMLESS = {"fcntl", "flock", "prctl", "clone3", "connect", "openat", "getrusage"}
+
+
+@pytest.fixture(autouse=True)
+def _runners_end_with_their_test() -> Iterator[None]:
+    yield
+    kill_all()
 
 
 def shm() -> Path:
@@ -126,11 +132,11 @@ def test_commands(server: Outside) -> None:
         ["demo", *at, "--max-new-tokens", "8"],
         [*sampled, "--placement", "linear", "--threads", "1", "--stats", "--perf-log", "/tmp/a.log"],
         [*sampled, "--placement", "local"],
-        ["prefill", *at, "--tokens", "64", "--repeat", "2", "--placement", "layer"],
+        ["prefill", *at, "--tokens", "64", "--repeat", "2", "--placement", "layer", "--wire-dtype", "bfloat16"],
         ["analyze", "/tmp/a.log", "--json"],
         ["health", *at, "--json"],
     ]
-    told = lines_of(start_runner("commands", lines).finish())
+    told = lines_of(start_runner("commands", lines, TSQP_THREADS="1").finish())
     assert [line["code"] for line in told] == [0] * len(lines), told
     demo, split, alone, prefill, analyze, health = (line["out"] for line in told)
     assert demo.startswith(PROMPT)

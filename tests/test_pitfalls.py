@@ -20,7 +20,8 @@ from wire_bytes import numbered, raw, reader
 
 import tsqp
 from tsqp import ShmRingBuffer
-from tsqp.errors import EndpointError, MetaError
+from tsqp.errors import ConfigError, EndpointError, MetaError, SegmentError
+from tsqp.listener import check_endpoint
 
 SOURCES = Path(tsqp.__file__).parent
 
@@ -145,6 +146,28 @@ def test_ipc_from_inside_gramine_is_refused_with_the_reason(endpoint, monkeypatc
             use(endpoint)
     with pytest.raises(EndpointError, match="needs a futex, which never crosses"):
         tsqp.connect("tcp://127.0.0.1:9", wait="block")
+
+
+def test_nothing_is_listened_on_and_no_segment_made_inside_gramine(shm_directory, monkeypatch):
+    """libzmq would abort the process, and space for a segment can't be reserved there."""
+    with ShmRingBuffer(4096, 2) as ring:
+        monkeypatch.setenv("TSQP_ENCLAVE", "gramine")
+        for use in (tsqp.listen, check_endpoint, lambda endpoint: tsqp.listen(endpoint, shm=False)):
+            with pytest.raises(EndpointError, match=r"nothing can listen .* inside Gramine: libzmq aborts"):
+                use("tcp://127.0.0.1:0")
+        with pytest.raises(SegmentError, match="have the process on the host make it"):
+            ShmRingBuffer(4096, 2)
+        with pytest.raises(EndpointError, match="needs a futex"):
+            ShmRingBuffer(*ring.handle(), wait="block")
+        assert len(os.listdir(shm_directory)) == 1
+
+
+@pytest.mark.parametrize("value", ["sgx", "Gramine", "1"])
+def test_an_unknown_enclave_is_refused(value, monkeypatch):
+    monkeypatch.setenv("TSQP_ENCLAVE", value)
+    for use in (tsqp.connect, tsqp.listen):
+        with pytest.raises(ConfigError, match=f"TSQP_ENCLAVE='{value}' is unknown; set it to gramine, or unset it"):
+            use("tcp://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("end", ["close", "kill", "our close"])

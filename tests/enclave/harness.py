@@ -74,10 +74,20 @@ def require_profile() -> None:
         pytest.skip(missing(), allow_module_level=True)
 
 
+_started: list[Started] = []
+
+
+def kill_all() -> None:
+    """Ends what a failed test has left running."""
+    while _started:
+        _started.pop().kill()
+
+
 class Started:
     """A program inside, running. ``pid`` is its number outside."""
 
     def __init__(self, command: Sequence[str], shm: Path, *, keep: Sequence[Path] = (), **env: str) -> None:
+        _started.append(self)
         self._directory = tempfile.TemporaryDirectory(prefix="tsqp-enclave-")
         self._report = Path(self._directory.name) / "report"
         kept = [str(path) for path in (*_needed(), *keep) if str(path).startswith("/tmp/")]
@@ -111,6 +121,12 @@ class Started:
         self._directory.cleanup()
         refused = {name[8:]: int(count) for name, count in lines.items() if name.startswith("refused ")}
         return Inside(self.process.returncode, out, err, refused, int(lines.get("signal", 0)))
+
+    def kill(self) -> None:
+        """Ends the program and its launcher, whatever they do."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.finish()
 
     def _lines(self) -> dict[str, str]:
         """The report: several rules of one name are one line here."""

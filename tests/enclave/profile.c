@@ -156,6 +156,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: profile REPORT SHM [KEEP...] -- COMMAND...\n");
         return CAN_NOT;
     }
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* no test, no program */
     struct view view = {
         .shm = argv[2], .keeps = (const char *const *)argv + 3, .keep_count = (size_t)split - 3};
     return run(argv[1], &view, argv + split + 1);
