@@ -166,6 +166,17 @@ def test_the_time_that_segments_take_is_rationed():
     assert not admission._spent
 
 
+def test_a_descriptor_that_is_no_connection_is_left_alone():
+    """libzmq tells of a connection that was there; the number may be a file's when that is heard."""
+    connections = Connections()
+    with open(os.devnull) as file:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            connections.accepted(file.fileno(), deadline=0.0)
+        assert not len(connections)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkeypatch):
     """First those that are to go anyway, then silent ones, and one that waits for its answer last."""
     monkeypatch.setattr(Connections, "_cut", lambda self, connection: self._open.pop(connection.fd))

@@ -21,6 +21,8 @@ LINGER_S = 0.5
 #: What making and freeing segments may cost the I/O thread for one peer, in seconds: at once, and per second after
 #: that. A segment of the default size takes 0.1 s: 16 clients of one process are let in as fast as they come.
 BURST_S, SHARE = 2.0, 0.1
+#: What a handshake that is not finished counts as beside that.
+WASTE_S = 0.5
 
 
 class Handshake(Protocol):
@@ -80,6 +82,11 @@ class Admission:
     def spend(self, peer: Peer, seconds: float, now: float) -> None:
         """Making something for ``peer`` took this long."""
         self._spent[peer] = self._spent_by(peer, now) + seconds, now
+
+    def wasted(self, peer: Peer, now: float) -> None:
+        """A handshake of ``peer`` was not finished. An address is not blamed: others share it."""
+        if peer[0] != "address":
+            self.spend(peer, WASTE_S, now)
 
     def may_spend(self, peer: Peer, now: float) -> bool:
         """False while making things for ``peer`` has taken too long."""

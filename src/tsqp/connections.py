@@ -99,6 +99,11 @@ class Connections:
         if found is not None:
             found.deadline, found.state = deadline, LEAVING
 
+    def leaving(self, fd: int) -> bool:
+        """The connection is to go: what it still says counts no more."""
+        found = self._open.get(fd)
+        return found is not None and found.state == LEAVING
+
     def look(self, now: float, scarce: bool = False) -> None:
         """Ends what is due, and of too many connections those that are least worth; ``scarce``: few descriptors are
         left."""
@@ -114,7 +119,7 @@ class Connections:
     def _cut(self, connection: Connection) -> None:
         """Ends a connection for both ends. libzmq reports it as any other end."""
         try:
-            with socket.socket(fileno=os.dup(connection.fd)) as sock:
+            with _duplicate(connection.fd) as sock:
                 if os.fstat(sock.fileno()).st_ino == connection.inode:
                     sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -134,8 +139,18 @@ def _least_worth(connections: list[Connection]) -> list[Connection]:
     return [connection for *_, connection in sorted(ranked, key=lambda each: each[:3])]
 
 
+def _duplicate(fd: int) -> socket.socket:
+    """A duplicate of a connection's descriptor. OSError where that is closed, or something else's by now."""
+    copy = os.dup(fd)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+
+
 def _peer(fd: int) -> Peer:
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with _duplicate(fd) as sock:
         if sock.family == socket.AF_UNIX:
             pid, _, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
             return "process", pid

@@ -81,6 +81,10 @@ class Door:
         """Forgets what is not needed any more; called now and then."""
         self._admission.forget(now)
 
+    def wasted(self, client: Client) -> None:
+        """The handshake ended unfinished, and a segment was made for nothing."""
+        self._admission.wasted(client.peer, time.monotonic())
+
     def unfinished(self) -> list[Client]:
         """Handshakes under way, in the order of coming."""
         return [client for client in self._hub.clients.values() if client.channel is None]

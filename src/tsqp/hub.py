@@ -234,6 +234,10 @@ class Hub:
         identity, fd = parts[0].bytes, int(parts[-1].get(zmq.SRCFD))
         if len(parts) < _DEALER_FRAMES_MIN:
             raise ProtocolError("a message without an envelope")
+        if not self.clients.get(identity) and self.connections.leaving(fd):
+            self._take_events()  # the descriptor may be another connection's by now
+            if self.connections.leaving(fd):
+                return
         kind, sequence = hs.open_envelope(parts[1].buffer)
         client = self.clients.get(identity)
         if client is not None and client.fd != fd:  # who had this identity is gone, and somebody else took it
@@ -329,6 +333,8 @@ class Hub:
         self.clients.pop(client.identity, None)
         if client.segment is not None:
             client.segment.drop_name()
+            if client.channel is None:
+                self._door.wasted(client)
         self.fixed.release(client.segment)
         client.segment = None
 
