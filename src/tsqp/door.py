@@ -15,7 +15,7 @@ from .admission import Admission, Hello
 from .connections import Peer
 from .curve import ServerKeys
 from .errors import SegmentError, SharedMemoryFullError
-from .links import ServerLink
+from .server_link import ServerLink
 from .transport import Channel
 
 if TYPE_CHECKING:

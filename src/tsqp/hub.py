@@ -32,7 +32,8 @@ from .door import AT_ONCE, LEAVE_S, Client, Door, HubOptions
 from .door_lock import DoorLock
 from .errors import ProtocolError
 from .fixed_segment import FixedSegment
-from .links import ServerLink, frame_limit
+from .links import frame_limit
+from .server_link import ServerLink
 from .transport import Channel, make_channel
 
 log = logging.getLogger("tsqp.listener")

@@ -27,7 +27,7 @@ _PROBE_FAULTS = (AttributeError, TypeError, RuntimeError, ValueError, IndexError
 
 
 class _Changes(Protocol):
-    """Where changes are made reversibly; :class:`tsqp.split.Attachment`."""
+    """Where changes are made reversibly; :class:`tsqp.attachment.Attachment`."""
 
     clock: Clock
     client: GPUClient
