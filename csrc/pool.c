@@ -1,7 +1,9 @@
 /* pool.c: private memory for received tensors, kept for reuse.
  *
  * Above a few megabytes the page faults of freshly mapped memory cost more than the copy into it. Freed
- * buffers are kept by size class up to a limit; four classes per power of two waste at most a quarter.
+ * buffers are kept by size class up to a limit; four classes per power of two waste at most a quarter. Where
+ * the limit is met those go that were not used for longest, of whatever size: what a long prompt needed does
+ * not keep out what each token needs.
  */
 #include "tsqp.h"
 
@@ -17,13 +19,16 @@
 #define CLASSES 160
 
 struct tsqp_buffer {
-    struct tsqp_buffer *next;
-    uint64_t capacity; /* with header */
+    struct tsqp_buffer *next, *previous; /* idle ones of its class, the last freed first */
+    struct tsqp_buffer *newer, *older;   /* all idle ones */
+    uint64_t capacity;                   /* with header */
     int class;
 };
+_Static_assert(sizeof(struct tsqp_buffer) <= HEADER_BYTES, "the payload lies HEADER_BYTES behind it");
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct tsqp_buffer *idle[CLASSES];
+static struct tsqp_buffer *newest, *oldest;
 static uint64_t idle_bytes;
 static uint64_t limit_bytes = UINT64_C(256) << 20;
 
@@ -55,6 +60,50 @@ static void unmap(struct tsqp_buffer *buffer) {
         munmap(buffer, buffer->capacity);
 }
 
+/* Both under the lock. */
+static void keep(struct tsqp_buffer *buffer) {
+    buffer->previous = NULL;
+    buffer->next = idle[buffer->class];
+    if (buffer->next)
+        buffer->next->previous = buffer;
+    idle[buffer->class] = buffer;
+    buffer->newer = NULL;
+    buffer->older = newest;
+    *(newest ? &newest->newer : &oldest) = buffer;
+    newest = buffer;
+    idle_bytes += buffer->capacity;
+}
+
+static void take(struct tsqp_buffer *buffer) {
+    *(buffer->previous ? &buffer->previous->next : &idle[buffer->class]) = buffer->next;
+    if (buffer->next)
+        buffer->next->previous = buffer->previous;
+    *(buffer->newer ? &buffer->newer->older : &newest) = buffer->older;
+    *(buffer->older ? &buffer->older->newer : &oldest) = buffer->newer;
+    idle_bytes -= buffer->capacity;
+}
+
+/* Takes the oldest until no more than `most` is idle; returns them in a list, to be unmapped without the
+ * lock. */
+static struct tsqp_buffer *take_oldest(uint64_t most) {
+    struct tsqp_buffer *taken = NULL;
+    while (idle_bytes > most) {
+        struct tsqp_buffer *buffer = oldest;
+        take(buffer);
+        buffer->next = taken;
+        taken = buffer;
+    }
+    return taken;
+}
+
+static void unmap_all(struct tsqp_buffer *buffer) {
+    while (buffer) {
+        struct tsqp_buffer *next = buffer->next;
+        unmap(buffer);
+        buffer = next;
+    }
+}
+
 struct tsqp_buffer *tsqp_buffer_new(uint64_t nbytes) {
     if (nbytes > UINT64_C(1) << 48)
         return NULL;
@@ -65,10 +114,8 @@ struct tsqp_buffer *tsqp_buffer_new(uint64_t nbytes) {
         class = class_of(capacity, &capacity);
         pthread_mutex_lock(&lock);
         buffer = idle[class];
-        if (buffer) {
-            idle[class] = buffer->next;
-            idle_bytes -= buffer->capacity;
-        }
+        if (buffer)
+            take(buffer);
         pthread_mutex_unlock(&lock);
     }
     if (!buffer)
@@ -88,31 +135,23 @@ void *tsqp_buffer_data(struct tsqp_buffer *buffer) {
 void tsqp_buffer_release(struct tsqp_buffer *buffer) {
     if (!buffer)
         return;
+    struct tsqp_buffer *surplus = buffer;
     if (buffer->class >= 0) {
         pthread_mutex_lock(&lock);
-        if (idle_bytes + buffer->capacity <= limit_bytes) {
-            buffer->next = idle[buffer->class];
-            idle[buffer->class] = buffer;
-            idle_bytes += buffer->capacity;
-            buffer = NULL;
+        if (buffer->capacity <= limit_bytes) {
+            surplus = take_oldest(limit_bytes - buffer->capacity);
+            keep(buffer);
         }
         pthread_mutex_unlock(&lock);
     }
-    if (buffer)
-        unmap(buffer);
+    unmap_all(surplus);
 }
 
-static void trim_to(uint64_t keep) {
+static void trim_to(uint64_t most) {
     pthread_mutex_lock(&lock);
-    for (int class = CLASSES - 1; class >= 0; class--) {
-        while (idle[class] && idle_bytes > keep) {
-            struct tsqp_buffer *buffer = idle[class];
-            idle[class] = buffer->next;
-            idle_bytes -= buffer->capacity;
-            unmap(buffer);
-        }
-    }
+    struct tsqp_buffer *surplus = take_oldest(most);
     pthread_mutex_unlock(&lock);
+    unmap_all(surplus);
 }
 
 void tsqp_pool_limit(uint64_t nbytes) {

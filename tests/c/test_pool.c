@@ -108,6 +108,35 @@ static void limit_bounds_what_is_kept(void) {
     fresh_pool();
 }
 
+static void what_was_used_last_is_kept(void) {
+    fresh_pool();
+    tsqp_pool_limit(8 * MIB);
+    struct tsqp_buffer *large[4], *small = filled(64 * KIB), *middle = filled(MIB - 64);
+    for (int i = 0; i < 4; i++)
+        large[i] = filled(2 * MIB - 64);
+    tsqp_buffer_release(middle);
+    for (int i = 0; i < 4; i++)
+        tsqp_buffer_release(large[i]); /* 8 MiB: the middle one has gone */
+    CHECK_EQ(tsqp_pool_idle_bytes(), 8 * MIB);
+    for (int i = 0; i < 100; i++) {
+        struct tsqp_buffer *before = small;
+        tsqp_buffer_release(small);
+        CHECK(tsqp_pool_idle_bytes() <= 8 * MIB);
+        small = filled(64 * KIB);
+        CHECK(small == before);
+    }
+    CHECK_EQ(tsqp_pool_idle_bytes(), 6 * MIB); /* the one large buffer that was freed first */
+    struct tsqp_buffer *again[3];
+    for (int i = 0; i < 3; i++) {
+        again[i] = filled(2 * MIB - 64);
+        CHECK(again[i] == large[3 - i]);
+    }
+    for (int i = 0; i < 3; i++)
+        tsqp_buffer_release(again[i]);
+    tsqp_buffer_release(small);
+    fresh_pool();
+}
+
 static void trim_gives_everything_back(void) {
     fresh_pool();
     for (uint64_t nbytes = 8 * KIB; nbytes < 8 * MIB; nbytes *= 2)
@@ -256,6 +285,7 @@ int main(void) {
     RUN(freed_buffer_is_reused_within_its_class);
     RUN(small_buffers_are_not_kept);
     RUN(limit_bounds_what_is_kept);
+    RUN(what_was_used_last_is_kept);
     RUN(trim_gives_everything_back);
     RUN(absurd_sizes_are_refused);
 #ifdef __linux__
