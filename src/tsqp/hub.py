@@ -44,8 +44,9 @@ _LOOK_MS = 100
 _FAREWELL_S = 0.5
 #: Longer than this between two looks is not the I/O thread's own doing.
 _AWAY_S = 1.0
-#: What libzmq takes ahead of the I/O thread, messages of each client; it knows no limit in bytes.
-_LIBZMQ_AHEAD = 64
+#: What libzmq takes ahead of the I/O thread, messages of each client; it knows no limit in bytes. Not fewer: on a Unix
+#: socket it throws away what it has no room for when the other end closes, the goodbye among it.
+_LIBZMQ_AHEAD = 1000
 #: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
 _RECEIVED_MAX = 2 * _LIBZMQ_AHEAD
 _DEALER_FRAMES_MIN = 2
