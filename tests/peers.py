@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from random import Random
 from typing import Any
 
-#: Longer than anything here takes; a wait that gets there has failed.
-PATIENCE_S = 30.0
+from patience import PATIENCE_S
+
 #: A peer whose parent forgot it ends by itself.
 LIFE_S = 200.0
 

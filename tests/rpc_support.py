@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from patience import PATIENCE_S, until  # noqa: F401 (until is for those who import this)
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,8 +22,6 @@ from tsqp.server import GPUServer
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 2, 4, 2, 16, 256
 #: Small slots, so that the tests also send what does not fit one.
 GEOMETRY = {"max_chunk_bytes": 1 << 18, "max_chunks": 4}
-#: Longer than anything here takes; a wait that gets there has failed.
-PATIENCE_S = 20.0
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
@@ -58,14 +56,6 @@ def serving(model: Any, directory: Any, **options: Any) -> Iterator[GPUServer]:
 
 def client_of(server: GPUServer, **options: Any) -> GPUClient:
     return GPUClient(server.endpoint, **{"timeout": PATIENCE_S, **options})
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for ``condition``; fails after :data:`PATIENCE_S`."""
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        time.sleep(0.005)
 
 
 def ask(channel: Any, tag: int, tensors: Any = (), meta: Any = None, request_id: int = 1) -> Any:

@@ -15,6 +15,7 @@ from benchmarks import abuse
 from benchmarks.attackers import ATTACKERS, attack
 from carriers import CARRIERS, CHUNK, Carrier
 from kills import EchoServer
+from patience import until
 from peers import PATIENCE_S, Peer
 from rpc_support import HIDDEN, client_of, serving, tiny_model
 from wire_bytes import check_numbered, numbered
@@ -44,13 +45,6 @@ def descriptors() -> int:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 class PatientServer(EchoServer):

@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import zmq
 from carriers import CARRIERS, CHUNK, COUNT, Background, Carrier
 from ends import assert_works
 from keys import Keys, own_address
+from patience import until
 from peers import PATIENCE_S
 from wire_bytes import numbered
 
@@ -71,13 +72,6 @@ def good_client(listener: Listener, keys: Keys, shm: bool = True) -> Iterator[tu
         listener.accept(PATIENCE_S) as server,
     ):
         yield client, server
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        time.sleep(0.01)
 
 
 # --- beyond this host ---------------------------------------------------------------------------------------------

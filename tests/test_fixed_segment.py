@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import peers
 import pytest
 from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL
 from ends import assert_works, client_of, path_of
+from patience import until
 from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
@@ -61,13 +61,6 @@ def file_of(shm_directory: Path) -> int | None:
         return (shm_directory / FIXED).stat().st_ino
     except FileNotFoundError:
         return None
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_segment_with_the_fixed_name_is_there_whole_before_any_client(fixed, shm_directory):

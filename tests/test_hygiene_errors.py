@@ -17,7 +17,7 @@ from commands import tsqp_here
 from models import make_model, serving
 from transformers import PreTrainedModel
 
-from tsqp import cli, demo
+from tsqp import cli_parts, demo
 from tsqp.cli_parts import check_prompt, one_line, usage_text
 from tsqp.client import GPUClient
 from tsqp.errors import (
@@ -229,7 +229,7 @@ def test_an_unexpected_error_does_not_repeat_the_prompt(
     def fail(*_: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(cli, "check_prompt", fail)
+    monkeypatch.setattr(cli_parts, "check_prompt", fail)
     done = tsqp_here(capsys, "generate", "--prompt", f"{WORD} \xe4", "--placement", "local")
     assert done.code == 1
     assert done.err.splitlines()[-1].startswith(f"tsqp: unexpected {type(fault).__name__}: ")

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import kills
 import pytest
 from kills import CHUNK, COUNT, MEANWHILE, NOTICED_WITHIN_S, SLACK_S, SOAK, EchoServer, Survivor
+from patience import until
 from peers import PATIENCE_S, Peer
 
 import tsqp
@@ -33,6 +34,7 @@ PHASES = {
     **{f"{act} zmq": (act, True, "zmq") for act in ("write", "read")},
     **{f"{act} tiles": (act, True, "tile") for act in ("write", "read")},
 }
+NOTICE_S = NOTICED_WITHIN_S + SLACK_S
 KILLS = 11 * SOAK
 CONNECTING_KILLS = 25 * SOAK
 ROUNDS, AT_ONCE = 8 * SOAK, 4
@@ -48,13 +50,6 @@ def random(request: pytest.FixtureRequest) -> Random:
 
 def directory_of(endpoint: str) -> Path:
     return Path(urlsplit(endpoint).path).parent
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + NOTICED_WITHIN_S + SLACK_S
-    while not condition():
-        assert time.monotonic() < end, f"not within {NOTICED_WITHIN_S} s: {what}"
-        time.sleep(0.002)
 
 
 def assert_told(survivor: Survivor, killed_at: float) -> float:
@@ -136,8 +131,8 @@ def test_a_client_is_killed_while_it_connects(shm, endpoint, start_peer, shm_dir
                 victim = start_peer(kills.connecting_client, endpoint, {"shm": shm})
                 assert victim.hear() == "ready"
                 kills.kill(victim, random.uniform(0, 0.04))
-                until(lambda: len(listener._hub.clients) == 1, "the server forgets the dead client")
-                until(lambda: not any(shm_directory.iterdir()), "the segment of the dead client goes")
+                until(lambda: len(listener._hub.clients) == 1, "the server forgets the dead client", NOTICE_S)
+                until(lambda: not any(shm_directory.iterdir()), "the segment of the dead client goes", NOTICE_S)
                 kills.ask(other, number, large=number % 2 == 0)
         echo.stop()
     assert not any(directory_of(endpoint).iterdir())
@@ -174,11 +169,15 @@ def test_clients_of_a_busy_server_are_killed(way, endpoint, start_peer, shm_dire
                 assert victim.hear() == "ready"
             # A connected client's last word of the handshake may still lie in its own libzmq: killed before that has
             # left, it was never a client.
-            until(lambda expected=1 + deaths + AT_ONCE: echo.accepted == expected, "the server has all its clients")
+            until(
+                lambda expected=1 + deaths + AT_ONCE: echo.accepted == expected,
+                "the server has all its clients",
+                NOTICE_S,
+            )
             for victim in victims:
                 killed_at = kills.kill(victim, random.uniform(0, 0.02))
             deaths += AT_ONCE
-            until(lambda expected=deaths: echo.told_of(expected), "the server is told of every death")
+            until(lambda expected=deaths: echo.told_of(expected), "the server is told of every death", NOTICE_S)
             told.append(echo.deaths[-1] - killed_at)
             assert not any(shm_directory.iterdir())
         spared.say("stop")

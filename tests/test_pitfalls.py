@@ -15,6 +15,7 @@ import msgpack
 import peers
 import pytest
 from carriers import CARRIERS, LARGE
+from patience import until
 from peers import PATIENCE_S
 from wire_bytes import numbered, raw, reader
 
@@ -171,27 +172,31 @@ def test_an_unknown_enclave_is_refused(value, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["close", "kill", "our close"])
-def test_the_name_of_an_enclaves_segment_ends_with_the_connection(end, start_peer, shm_directory):
-    """Whoever still holds the old channel: the next client may need the same name."""
-    with tsqp.listen("tcp://127.0.0.1:0", 1 << 16, 2, shm_name="tsqp-fixed") as listener:
+@pytest.mark.parametrize("name", [None, "tsqp-fixed"])
+def test_the_name_of_an_enclaves_segment_ends_with_the_connection(name, end, start_peer, shm_directory):
+    """Whoever still holds the old channel: nothing of it is left, and under a fixed name there is a new file."""
+
+    def files() -> dict[str, int]:
+        return {entry.name: entry.stat().st_ino for entry in os.scandir(shm_directory)}
+
+    expected = {name} - {None}
+    with tsqp.listen("tcp://127.0.0.1:0", 1 << 16, 2, shm_name=name) as listener:
         kept = []
         for _ in range(2):
             peer = start_peer(peers.channel_end, "client", listener.endpoint, {}, env={"TSQP_ENCLAVE": "gramine"})
             kept.append(listener.accept(PATIENCE_S))
             assert peer.hear() == "made"
             assert kept[-1].transport == "shm+tcp"
-            assert os.listdir(shm_directory) == ["tsqp-fixed"]
+            before = files()
+            assert len(before) == 1
             if end == "our close":
                 kept[-1].close()
-                assert os.listdir(shm_directory) == []
             elif end == "kill":
                 peer.kill()
             if end != "kill":
                 peer.ask("close")
-            deadline = time.monotonic() + PATIENCE_S
-            while os.listdir(shm_directory):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            until(lambda: set(files()) == expected)
+            assert not set(files().values()) & set(before.values())
         for channel in kept:
             channel.close()
 
