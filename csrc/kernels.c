@@ -6,8 +6,8 @@
 #include "kernels_set.h"
 #include "tsqp.h"
 
+#include <stdio.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -42,13 +42,22 @@ static void find_sets(void) {
     sets[count] = &tsqp_kernels_each;
 }
 
+/* What one core's last cache holds. The C library adds up those of the whole package, hundreds of megabytes
+ * on a processor with many of them. */
+static size_t cache_bytes(void) {
+    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "re");
+    unsigned long kib = 0;
+    if (file) {
+        if (fscanf(file, "%luK", &kib) != 1)
+            kib = 0;
+        fclose(file);
+    }
+    return kib ? (size_t)kib << 10 : CACHE_BYTES;
+}
+
 __attribute__((constructor)) static void look_at_machine(void) {
     find_sets();
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (cache > 0)
-        stream_bytes = (size_t)cache;
-#endif
+    stream_bytes = cache_bytes();
 }
 
 const struct tsqp_kernel_set *tsqp_kernel_set(size_t index) {
