@@ -63,7 +63,8 @@ def serve(wire: Connection, endpoint: str) -> None:
         num_hidden_layers=1,
         vocab_size=1024,
     )
-    with tsqp.GPUServer(LlamaForCausalLM(config).eval(), endpoint, device="cpu"):
+    # One thread: server and client are to have a core each, or they are in each other's way already.
+    with tsqp.GPUServer(LlamaForCausalLM(config).eval(), endpoint, device="cpu", threads=1):
         wire.send("ready")
         while wire.recv() is not None:
             wire.send(time.process_time())
