@@ -209,7 +209,9 @@ class Hub:
         if self._served or self._outbox or self._stop:
             self._served = False
         elif self._wakes_left < 1.0:
-            select.select([self._wake_r], [], [], 1 / _WAKES_PER_S)
+            called = select.poll()  # not select(): it knows no descriptors from 1024 on
+            called.register(self._wake_r, select.POLLIN)
+            called.poll(1000 / _WAKES_PER_S)
         else:
             self._wakes_left -= 1.0
 
