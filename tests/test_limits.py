@@ -177,6 +177,17 @@ def test_a_descriptor_that_is_no_connection_is_left_alone():
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_what_came_over_an_earlier_connection_ends_no_later_one():
+    """A goodbye may be taken when its descriptor is another connection's already."""
+    connections = Connections()
+    connections._open[7] = Connection(7, 0, ("process", 1), 10.0)
+    assert connections.may_be_of(7, b"a")  # nobody has spoken yet
+    connections.spoke(7, b"b", "", 10.0)
+    assert connections.may_be_of(7, b"b")
+    assert not connections.may_be_of(7, b"a")
+    assert connections.may_be_of(8, b"a")
+
+
 def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkeypatch):
     """First those that are to go anyway, then silent ones, and one that waits for its answer last."""
     monkeypatch.setattr(Connections, "_cut", lambda self, connection: self._open.pop(connection.fd))
@@ -184,7 +195,7 @@ def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkey
     for fd, who in enumerate(order):
         connections._open[fd] = Connection(fd, 0, ("process", who), 10.0)
     connections.end_at(5, 10.0)
-    connections.spoke(0, "", 10.0)
+    connections.spoke(0, b"first", "", 10.0)
     monkeypatch.setattr("tsqp.connections.MAX_STRANGERS", 3)
     connections.look(1.0)
     assert sorted(connections._open) == [0, 2, 4]  # c's was to go; 1 and 3 are a's older ones that are silent

@@ -195,8 +195,8 @@ def test_the_name_of_an_enclaves_segment_ends_with_the_connection(name, end, sta
                 peer.kill()
             if end != "kill":
                 peer.ask("close")
-            until(lambda: set(files()) == expected)
-            assert not set(files().values()) & set(before.values())
+            old = set(before.values())
+            until(lambda old=old: set(files()) == expected and not old & set(files().values()))
         for channel in kept:
             channel.close()
 

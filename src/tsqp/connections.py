@@ -45,12 +45,13 @@ def oldest_of_most(candidates: Iterable[T], peer_of: Callable[[T], Peer]) -> T |
 class Connection:
     """One accepted connection. It is ended at ``deadline`` (time.monotonic seconds; None: it is a client's)."""
 
-    __slots__ = ("deadline", "fd", "inode", "peer", "state")
+    __slots__ = ("deadline", "fd", "identity", "inode", "peer", "state")
 
     def __init__(self, fd: int, inode: int, peer: Peer, deadline: float) -> None:
         self.fd, self.inode, self.peer = fd, inode, peer
         self.deadline: float | None = deadline
         self.state = SILENT
+        self.identity: bytes | None = None  # once it has spoken
 
 
 class Connections:
@@ -76,13 +77,13 @@ class Connections:
         found = self._open.get(fd)
         return NOBODY if found is None else found.peer
 
-    def spoke(self, fd: int, key: str, deadline: float) -> Peer:
+    def spoke(self, fd: int, identity: bytes, key: str, deadline: float) -> Peer:
         """The connection has said what it is, and has an answer by ``deadline``; ``key`` is who it was authenticated
         as, or empty. Returns its peer."""
         found = self._open.get(fd)
         if found is None:
             return NOBODY
-        found.state, found.deadline = WAITING, deadline
+        found.state, found.deadline, found.identity = WAITING, deadline, identity
         if key:
             found.peer = ("key", key)
         return found.peer
@@ -98,6 +99,12 @@ class Connections:
         found = self._open.get(fd)
         if found is not None:
             found.deadline, found.state = deadline, LEAVING
+
+    def may_be_of(self, fd: int, identity: bytes) -> bool:
+        """False where the descriptor is known to belong to somebody else by now: what `identity` said was said over
+        an earlier connection."""
+        found = self._open.get(fd)
+        return found is None or found.identity in (None, identity)
 
     def leaving(self, fd: int) -> bool:
         """The connection is to go: what it still says counts no more."""

@@ -238,7 +238,8 @@ class Hub:
     def _end(self, identity: bytes, fd: int, reason: str, told: str) -> None:
         self._drop(identity, reason)
         self.say(identity, hs.BYE, hs.Refuse(told[:500]))
-        self.connections.end_at(fd, time.monotonic() + _CUT_OFF_S)
+        if self.connections.may_be_of(fd, identity):
+            self.connections.end_at(fd, time.monotonic() + _CUT_OFF_S)
 
     def _expel(self, identity: bytes) -> None:
         """Cuts off a client whose key is gone, at once: whatever it has put into its ring is read by nobody."""
@@ -276,8 +277,10 @@ class Hub:
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
             now = time.monotonic()
-            peer = self.connections.spoke(fd, _user_of(parts[1]), now + 2 * door.CROWDED_S)
+            peer = self.connections.spoke(fd, identity, _user_of(parts[1]), now + 2 * door.CROWDED_S)
             self._hellos[identity] = Hello(identity, fd, hs.unpack(hs.Hello, parts[2].bytes), peer, now)
+        elif client is None and kind == hs.BYE:
+            self._drop(identity, None)  # late, perhaps: its descriptor may be another connection's by now
         elif client is None:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
