@@ -133,9 +133,14 @@ def serving(host: Host, image: Image) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+def segments() -> set[str]:
+    """The segments of servers on this machine, also of others than ours."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("tsqp")}
+
+
 def run(host: Host, server: Image, runner: Image) -> None:
     """Both containers: a prompt on the runner's standard input, its text on the standard output, SIGTERM."""
-    before = set(os.listdir("/dev/shm"))
+    before = segments()
     with serving(host, server) as process:
         words = host.command(runner, [*runner.entrypoint, *runner.command])
         done = subprocess.run(words, input=PROMPT, capture_output=True, text=True, timeout=RUN_S, check=False)
@@ -144,7 +149,7 @@ def run(host: Host, server: Image, runner: Image) -> None:
         process.send_signal(signal.SIGTERM)
         if process.wait(STOP_S) != 0:
             raise SystemExit(f"the server ended with status {process.returncode} on SIGTERM, not with 0")
-    left = [*host.socket.iterdir(), *(set(os.listdir("/dev/shm")) - before)]
+    left = [*host.socket.iterdir(), *(segments() - before)]
     if left:
         raise SystemExit(f"left behind: {', '.join(map(str, left))}")
 
