@@ -11,7 +11,6 @@ import errno
 import itertools
 import logging
 import os
-import select
 import threading
 import time
 import weakref
@@ -54,9 +53,6 @@ _DEALER_FRAMES_MIN = 2
 _CLOSED = "its end of the control connection was closed"
 #: How often a client may measure the connection before it is ready.
 MAX_PROBES = 16
-#: How often a second, and how often at once, this thread is woken for what no client of ours sent; more than that is
-#: put together. Each time costs the clients that are served some 0.1 ms of a core.
-_WAKES_PER_S, _WAKES_AT_ONCE = 50.0, 500.0
 #: Whoever broke the protocol and is told to go has this long to hear it.
 _CUT_OFF_S = 0.1
 _HELLO_LOOK_MS = 10
@@ -84,8 +80,7 @@ class Hub:
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
         self._outbox: deque[tuple[ServerLink, list[Any]]] = deque()
         self._stop = False
-        self._looked = self._paced_at = time.monotonic()
-        self._wakes_left, self._served = _WAKES_AT_ONCE, False
+        self._looked = time.monotonic()
         self._stop_by = 0.0  # a client that takes nothing does not hold up the close for ever
         self._pipe_lock = threading.RLock()
         self._wake_r, self._wake_w = os.pipe()
@@ -145,7 +140,6 @@ class Hub:
         lock.register(poller)
         try:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
-                self._pace()
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
                 self.reserve.look()
                 self.fixed.look()
@@ -199,21 +193,6 @@ class Hub:
             return _HELLO_LOOK_MS
         waiting = [c.deadline for c in self._door.unfinished()]
         return min(_LOOK_MS, max(1, int((min(waiting) - time.monotonic()) * 1000))) if waiting else _LOOK_MS
-
-    def _pace(self) -> None:
-        """Waits a little where strangers keep this thread busy. A client's work never waits for this: it is not
-        counted, and until they are many a stranger's is not held up either."""
-        now = time.monotonic()
-        self._wakes_left = min(_WAKES_AT_ONCE, self._wakes_left + _WAKES_PER_S * (now - self._paced_at))
-        self._paced_at = now
-        if self._served or self._outbox or self._stop:
-            self._served = False
-        elif self._wakes_left < 1.0:
-            called = select.poll()  # not select(): it knows no descriptors from 1024 on
-            called.register(self._wake_r, select.POLLIN)
-            called.poll(1000 / _WAKES_PER_S)
-        else:
-            self._wakes_left -= 1.0
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -290,7 +269,6 @@ class Hub:
             with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading
                 self._router.send_multipart([identity, hs.envelope(hs.PROBE), b""], flags=zmq.NOBLOCK)
         elif kind == hs.MESSAGE and client.link is not None and len(parts) >= 3:
-            self._served = True
             fault = client.link.deliver((sequence, parts[2], parts[3:]))
             if fault:
                 self.cut_off(identity, fd, fault)
