@@ -5,39 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import places
 import pytest
 from carriers import CARRIERS
 from ends import path_of
-from peers import Peer
+from users import as_nobody, needs_root
 
 from tsqp.config import default_endpoint, parse_endpoint, socket_directory
 from tsqp.errors import EndpointError
 from tsqp.serving import make_default_directory
 
 OPTIONS = {**CARRIERS["zmq-ipc"].listen_options}
-StartPeer = Callable[..., Peer]
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-@pytest.fixture
-def open_directory(endpoint: str) -> Iterator[Path]:
-    """Every user may enter and write the directory of sockets."""
-    sockets = path_of(endpoint).parent
-    sockets.chmod(0o777)
-    sockets.parent.chmod(0o755)
-    yield sockets
-    sockets.chmod(0o700)
-    sockets.parent.chmod(0o700)
-
-
-def as_nobody(start_peer: StartPeer, function: str, endpoint: str, **options: Any) -> Any:
-    return start_peer(places.as_nobody, function, endpoint, options).hear()
+pytest_plugins = ["user_fixtures"]
 
 
 # --- the directory of default sockets -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,7 @@ from tsqp.trusted_file import METADATA_KEY, parse
 from tsqp.trusted_making import write_trusted_weights
 from tsqp.trusted_weights import load_trusted_weights
 
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made("llama", tmp_path_factory.mktemp("llama"), eos_token_id=5)
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made("gpt2", tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(scope="module")
-def server(llama: Made) -> Iterator[GPUServer]:
-    with serving(llama.stock) as server:
-        yield server
+pytest_plugins = ["trusting_fixtures"]
 
 
 # --- the file and its digest ------------------------------------------------------------------------------------------

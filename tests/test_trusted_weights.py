@@ -25,21 +25,7 @@ from tsqp.split import attach, detach, from_pretrained
 from tsqp.trusted_making import write_trusted_weights
 from tsqp.trusted_weights import load_trusted_weights
 
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made("llama", tmp_path_factory.mktemp("llama"), eos_token_id=5)
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made("gpt2", tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(scope="module")
-def server(llama: Made) -> Iterator[GPUServer]:
-    with serving(llama.stock) as server:
-        yield server
+pytest_plugins = ["trusting_fixtures"]
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .descriptors import EXHAUSTED
+from .peer_uid import credentials
 
 #: Connections of no client, at most: of more, the oldest of whoever has most are ended, those first that are to go
 #: anyway, then those that have not said what they are.
@@ -23,7 +23,6 @@ MAX_STRANGERS = 64
 #: The same while few descriptors are left.
 FEW_STRANGERS = 8
 LEAVING, SILENT, WAITING = range(3)
-_CREDENTIALS = struct.Struct("3i")
 T = TypeVar("T")
 
 #: Who is at the other end: ("process", pid) on a Unix socket, ("address", text) over TCP, ("key", text) where the
@@ -71,11 +70,6 @@ class Connections:
     def ended(self, fd: int) -> None:
         """libzmq has reported the connection's end."""
         self._open.pop(fd, None)
-
-    def peer(self, fd: int) -> Peer:
-        """Who is at the other end."""
-        found = self._open.get(fd)
-        return NOBODY if found is None else found.peer
 
     def spoke(self, fd: int, identity: bytes, key: str, deadline: float) -> Peer:
         """The connection has said what it is, and has an answer by ``deadline``; ``key`` is who it was authenticated
@@ -159,6 +153,5 @@ def _duplicate(fd: int) -> socket.socket:
 def _peer(fd: int) -> Peer:
     with _duplicate(fd) as sock:
         if sock.family == socket.AF_UNIX:
-            pid, _, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-            return "process", pid
+            return "process", credentials(sock)[0]
         return "address", sock.getpeername()[0]

@@ -88,7 +88,7 @@ class DoorLock:
                 return f"it serves user {os.geteuid()} and root, and this is {who}; run both ends as one user"
         if self._keys is None:
             return ""
-        key = _key_of(hello)
+        key = key_of(hello)
         if not self._keys.clients.knows(key):
             return "this client's key was removed from the server's directory; have it added again"
         self._came_with[identity] = key
@@ -139,8 +139,9 @@ class DoorLock:
         log.warning("%s%s", text, more)
 
 
-def _key_of(frame: zmq.Frame) -> bytes:
-    """The key that the sender of this frame came in with: our own answer put it there, and the client can't."""
+def key_of(frame: zmq.Frame) -> bytes:
+    """The key that the sender of this frame came in with, empty where nobody asked: our own answer put it there, the
+    client can't."""
     try:
         return str(frame.get("User-Id")).encode()
     except zmq.ZMQError:

@@ -29,7 +29,7 @@ from .config import Endpoint
 from .connections import Connections
 from .descriptors import Reserve
 from .door import AT_ONCE, LEAVE_S, Client, Door, HubOptions
-from .door_lock import DoorLock
+from .door_lock import DoorLock, key_of
 from .errors import ProtocolError
 from .fixed_segment import FixedSegment
 from .links import frame_limit
@@ -256,7 +256,7 @@ class Hub:
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
             now = time.monotonic()
-            peer = self.connections.spoke(fd, identity, _user_of(parts[1]), now + 2 * door.CROWDED_S)
+            peer = self.connections.spoke(fd, identity, key_of(parts[1]).decode(), now + 2 * door.CROWDED_S)
             self._hellos[identity] = Hello(identity, fd, hs.unpack(hs.Hello, parts[2].bytes), peer, now)
         elif client is None and kind == hs.BYE:
             self._drop(identity, None)  # late, perhaps: its descriptor may be another connection's by now
@@ -407,11 +407,3 @@ class Hub:
             self.cut_off(client.identity, client.fd, "the handshake was not finished in time")
         self.connections.look(now, self.reserve.scarce)
         self._door.forget(now)
-
-
-def _user_of(frame: zmq.Frame) -> str:
-    """Whom the connection was authenticated as; empty where nobody asked."""
-    try:
-        return str(frame.get("User-Id"))
-    except zmq.ZMQError:
-        return ""

@@ -29,8 +29,12 @@ def _peer_uid(descriptor: int) -> int:
     # Family and type are given: the socket is not asked for them, and nothing about it is changed.
     borrowed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=descriptor)
     try:
-        credentials = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return credentials(borrowed)[1]
     finally:
         borrowed.detach()
-    _, uid, _ = _UCRED.unpack(credentials)
-    return int(uid)
+
+
+def credentials(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end of a Unix socket. Raises OSError."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return int(pid), int(uid)
