@@ -22,7 +22,7 @@ from tsqp.connections import Connection, Connections, oldest_of_most
 from tsqp.cuda import _CALLS_PER_REPLACEMENT, Graphs
 from tsqp.errors import ClosedError, ConfigError, PeerDiedError
 from tsqp.limits import Limits
-from tsqp.protocol import Method, Status
+from tsqp.protocol import MAX_ERROR_CHARS, Method, Status
 
 LAYER = Method.FUSED_LAYER
 #: Five positions, and their rotary tables.
@@ -119,6 +119,37 @@ def test_unread_requests_of_a_client(tmp_path):
         run_all(lambda: found.append(busy.lm_head(h)), fill)
         torch.testing.assert_close(found[0], torch.nn.functional.linear(h, model.lm_head.weight))
         until(lambda: server.stats["clients"] == 1)
+
+
+def test_requests_in_a_row_that_are_refused(tmp_path):
+    with (
+        serving(tiny_model(), tmp_path, limits=Limits(refused=3)) as server,
+        tsqp.connect(server.endpoint) as wrong,
+        tsqp.connect(server.endpoint) as other,
+    ):
+        for _ in range(2):  # one that is right begins the count anew
+            for _ in range(2):
+                assert ask(wrong, 77).status == Status.UNKNOWN_METHOD
+            assert ask(wrong, Method.PING).status == 0
+        errors = [ask(wrong, 77).meta["error"] for _ in range(3)]
+        assert [error.startswith("method 77 is unknown") for error in errors] == [True] * 3
+        assert ["3 of its requests in a row were refused" in error for error in errors] == [False, False, True]
+        with pytest.raises(ClosedError):
+            ask(wrong, Method.PING)
+        assert ask(other, Method.PING).status == 0
+        assert server.stats["errors"] == 7
+        until(lambda: server.stats["clients"] == 1)
+
+
+def test_a_long_error_leaves_room_for_the_end_of_the_connection(tmp_path):
+    names = ["no such linear module " * 40] * 50
+    with (
+        serving(tiny_model(), tmp_path, limits=Limits(refused=1)) as server,
+        tsqp.connect(server.endpoint) as wrong,
+    ):
+        reply = ask(wrong, Method.BATCH_LINEAR, [torch.zeros(1, HIDDEN)], {"layer": 0, "names": names})
+        assert reply.meta["error"].endswith("this connection ends: 1 of its requests in a row were refused")
+        assert len(reply.meta["error"]) <= MAX_ERROR_CHARS
 
 
 # --- who gets in ------------------------------------------------------------------------------------------------

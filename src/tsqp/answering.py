@@ -282,6 +282,7 @@ class Answering:
         self._count(request, queue_ns)
 
     def _count(self, request: Request, queue_ns: int) -> None:
+        request.session.refused = 0
         _, calls, times = self._methods[request.message.tag]
         calls[0] += 1
         if times is not None:
@@ -314,9 +315,16 @@ class Answering:
         self._refuse(session, msg, f"the reply is too large for a message: {error}", Status.LIMIT)
 
     def _refuse(self, session: Session, msg: Any, text: str, status: int) -> None:
+        """Raises ClosedError where that was one too many: who is never right costs the others more than it is worth."""
         session.errors += 1
+        session.refused += 1
         self.errors += 1
-        session.channel.send((), meta={"error": text[:MAX_ERROR_CHARS]}, status=int(status), **_in_reply_to(msg))
+        last = session.refused >= session.limits.refused
+        ending = f"; this connection ends: {session.refused} of its requests in a row were refused" if last else ""
+        meta = {"error": text[: MAX_ERROR_CHARS - len(ending)] + ending}
+        session.channel.send((), meta=meta, status=int(status), **_in_reply_to(msg))
+        if last:
+            raise ClosedError(f"{session.refused} of its requests in a row were refused")
 
     # --- ends ----------------------------------------------------------------------------------------------
 

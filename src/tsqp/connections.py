@@ -65,7 +65,12 @@ class Connections:
     def accepted(self, fd: int, deadline: float) -> None:
         """libzmq has accepted a connection, or at least had: it may be gone already, and its end will be reported."""
         with contextlib.suppress(OSError):
-            self._open[fd] = Connection(fd, os.fstat(fd).st_ino, _peer(fd), deadline)
+            inode = os.fstat(fd).st_ino
+            self._open[fd] = Connection(fd, inode, _peer(fd), deadline)
+
+    def known(self, fd: int) -> bool:
+        """False once the connection's end was reported, or seen to."""
+        return fd in self._open
 
     def ended(self, fd: int) -> None:
         """libzmq has reported the connection's end."""
@@ -151,7 +156,14 @@ def _duplicate(fd: int) -> socket.socket:
 
 
 def _peer(fd: int) -> Peer:
-    with _duplicate(fd) as sock:
+    """Who is at the other end; nobody known where there is no descriptor left to ask with. OSError: nobody is."""
+    try:
+        asked = _duplicate(fd)
+    except OSError as error:
+        if error.errno in EXHAUSTED:
+            return NOBODY
+        raise
+    with asked as sock:
         if sock.family == socket.AF_UNIX:
             return "process", credentials(sock)[0]
         return "address", sock.getpeername()[0]

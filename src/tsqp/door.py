@@ -28,8 +28,12 @@ _PLACE_S = 0.5
 CROWDED_S = 3.0
 #: Whoever was refused, or said goodbye, has this long to go by itself.
 LEAVE_S = 2.0
+#: Why a client is no more whose connection ended without a goodbye.
+GONE = "its end of the control connection was closed"
 #: How many messages are taken before events and the outbox are looked at again, however busy one client is.
 AT_ONCE = 64
+#: Bytes of an identity that libzmq gave.
+_NUMBERED = 5
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,15 @@ class Door:
         taken = sum(client.channel is not None or client.segment is not None for client in self._hub.clients.values())
         return taken >= self._options.max_clients
 
+    def late(self, identity: bytes, fd: int) -> bool:
+        """Whether this hello came over an earlier connection than another hello with the same descriptor: of those that
+        had one in turn only the last can be there still."""
+        for other in [hello for hello in self.hellos.values() if hello.fd == fd]:
+            if _is_later(other.identity, identity):
+                return True
+            del self.hellos[other.identity]
+        return False
+
     def answer(self) -> None:
         """A client that left before another came has said so, but libzmq may hand out the hello first. So a hello is
         answered once each connection's turn has come: whoever left holds neither a place nor the fixed name then."""
@@ -153,11 +166,16 @@ class Door:
                 self._refuse(hello, f"the server could not make a segment: {error}"[:2000])
                 return
             welcome = hs.Welcome(hs.PROTOCOL, True, futex, segment.name, segment.session, slot_bytes, slots)
+        if not self._hub.say(hello.identity, hs.WELCOME, welcome):
+            # Its connection ended before its hello was taken: whose that descriptor is now has done nothing wrong.
+            if client.segment is not None:
+                client.segment.drop_name()
+            self._hub.fixed.release(client.segment)
+            return
         client.began = time.monotonic()
         self._hub.clients[hello.identity] = client
         if client.segment is not None:
             self._hub.connections.keep(hello.fd)
-        self._hub.say(hello.identity, hs.WELCOME, welcome)
 
     def _refuse(self, hello: Hello, why: str) -> None:
         self._hub.say(hello.identity, hs.REFUSE, hs.Refuse(why))
@@ -192,3 +210,11 @@ class Door:
         if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return "too many connections came from there in a short time; try again in some seconds"
         return None
+
+
+def _is_later(identity: bytes, other: bytes) -> bool:
+    """libzmq numbers connections that choose no identity of their own: a zero byte, and 32 bits that go up by one."""
+    if not (len(identity) == len(other) == _NUMBERED and identity[0] == other[0] == 0):
+        return False
+    ahead = (int.from_bytes(identity[1:], "big") - int.from_bytes(other[1:], "big")) % (1 << 32)
+    return 0 < ahead < 1 << 31

@@ -28,11 +28,12 @@ from .binding import bind
 from .config import Endpoint
 from .connections import Connections
 from .descriptors import Reserve
-from .door import AT_ONCE, LEAVE_S, Client, Door, HubOptions
+from .door import AT_ONCE, GONE, LEAVE_S, Client, Door, HubOptions
 from .door_lock import DoorLock, key_of
 from .errors import ProtocolError
 from .fixed_segment import FixedSegment
 from .links import frame_limit
+from .pacing import Pace
 from .server_link import ServerLink
 from .transport import Channel, make_channel
 
@@ -50,7 +51,6 @@ _LIBZMQ_AHEAD = 1000
 #: What libzmq has received and a client sent before it went is delivered; this many messages a client at most.
 _RECEIVED_MAX = 2 * _LIBZMQ_AHEAD
 _DEALER_FRAMES_MIN = 2
-_CLOSED = "its end of the control connection was closed"
 #: How often a client may measure the connection before it is ready.
 MAX_PROBES = 16
 #: Whoever broke the protocol and is told to go has this long to hear it.
@@ -87,6 +87,7 @@ class Hub:
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self.reserve = Reserve(self._wake_r)
+        self._pace = Pace(self._wake_r)
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
@@ -140,6 +141,8 @@ class Hub:
         lock.register(poller)
         try:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
+                if not self._outbox:
+                    self._pace.hold()
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
                 self.reserve.look()
                 self.fixed.look()
@@ -159,7 +162,7 @@ class Hub:
         finally:
             self.fixed.close()
             for client in list(self.clients.values()):
-                self._drop(client.identity, "the listener's I/O thread ended")
+                self.drop(client.identity, "the listener's I/O thread ended")
             self._release()
             self._bell.ring()
 
@@ -215,7 +218,7 @@ class Hub:
         self._end(identity, fd, f"it broke the protocol: {why}", why)
 
     def _end(self, identity: bytes, fd: int, reason: str, told: str) -> None:
-        self._drop(identity, reason)
+        self.drop(identity, reason)
         self.say(identity, hs.BYE, hs.Refuse(told[:500]))
         if self.connections.may_be_of(fd, identity):
             self.connections.end_at(fd, time.monotonic() + _CUT_OFF_S)
@@ -244,8 +247,12 @@ class Hub:
         kind, sequence = hs.open_envelope(parts[1].buffer)
         client = self.clients.get(identity)
         if client is not None and client.fd != fd:  # who had this identity is gone, and somebody else took it
-            self._drop(identity, _CLOSED)
+            self.drop(identity, GONE)
             client = None
+        if client is None or client.link is None:
+            self._pace.stranger = True
+        else:
+            self._pace.client = True
         if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
             assert self._lock is not None
             refusal = self._lock.refusal(identity, parts[1])
@@ -255,11 +262,13 @@ class Hub:
                 return
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
+            if not self.connections.known(fd) or self._door.late(identity, fd):
+                return  # it has ended meanwhile
             now = time.monotonic()
             peer = self.connections.spoke(fd, identity, key_of(parts[1]).decode(), now + 2 * door.CROWDED_S)
             self._hellos[identity] = Hello(identity, fd, hs.unpack(hs.Hello, parts[2].bytes), peer, now)
         elif client is None and kind == hs.BYE:
-            self._drop(identity, None)  # late, perhaps: its descriptor may be another connection's by now
+            self.drop(identity, None)  # late, perhaps: its descriptor may be another connection's by now
         elif client is None:
             raise ProtocolError("a message before the handshake")
         elif kind == hs.READY and client.channel is None and len(parts) == 3:
@@ -273,14 +282,18 @@ class Hub:
             if fault:
                 self.cut_off(identity, fd, fault)
         elif kind == hs.BYE:
-            self._drop(identity, None)
+            self.drop(identity, None)
             self.connections.end_at(fd, time.monotonic() + LEAVE_S)
         else:
             raise ProtocolError("a message out of order")
 
-    def say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading: it will time out
+    def say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> bool:
+        """False: it is gone already, or does not read."""
+        try:
             self._router.send_multipart([identity, hs.envelope(kind), *map(hs.pack, body)], flags=zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
 
     def _ready(self, client: Client, data: bytes) -> None:
         ready = hs.unpack(hs.Ready, data)
@@ -323,7 +336,7 @@ class Hub:
         with contextlib.suppress(ValueError):
             self.accepted.remove(channel)
 
-    def _drop(self, identity: bytes, reason: str | None) -> None:
+    def drop(self, identity: bytes, reason: str | None) -> None:
         self._hellos.pop(identity, None)
         client = self.clients.get(identity)
         if client is None:
@@ -345,6 +358,7 @@ class Hub:
 
     def _take_events(self) -> None:
         while self._monitor.poll(0):
+            self._pace.stranger = True
             event = recv_monitor_message(self._monitor)
             fd = int(event["value"])
             if event["event"] == zmq.EVENT_ACCEPTED:
@@ -361,7 +375,7 @@ class Hub:
             if gone:
                 self.take_messages(_RECEIVED_MAX * len(self.clients))
             for client in gone:
-                self._drop(client.identity, _CLOSED)
+                self.drop(client.identity, GONE)
 
     def _flush_outbox(self) -> None:
         held: list[tuple[ServerLink, list[Any]]] = []  # what its client has no room for, in the order it was posted
@@ -386,7 +400,7 @@ class Hub:
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            self._drop(link.identity, "it can't be reached any more")
+            self.drop(link.identity, "it can't be reached any more")
             parts.clear()
             return True
         goodbye = len(parts) == _DEALER_FRAMES_MIN

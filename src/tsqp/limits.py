@@ -26,7 +26,8 @@ class Limits:
     ``kv_bytes``: K and V, and masks and rotary tables, kept for it. ``sequences``: caches kept for it.
     ``reply_bytes``: the largest result of one request. ``message_bytes``: one request. ``unread_bytes`` and
     ``unread_messages``: requests that came over ZeroMQ and were not begun; through shared memory there are never more
-    than it has slots. ``graphs``: CUDA graphs made of its requests' shapes.
+    than it has slots. ``graphs``: CUDA graphs made of its requests' shapes. ``refused``: requests in a row that get an
+    error; with the last one the connection ends.
 
     ``handshakes`` is of all clients together: connections that are being made at the same time.
     """
@@ -38,6 +39,7 @@ class Limits:
     unread_bytes: int = 4 << 30
     unread_messages: int = 1024
     graphs: int = 256
+    refused: int = 256
     handshakes: int = MAX_HANDSHAKES
 
     def __post_init__(self) -> None:

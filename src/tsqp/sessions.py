@@ -62,6 +62,7 @@ class Session:
         "limits",
         "page_lock",
         "pipelines",
+        "refused",
         "requests",
         "room",
         "seen_ns",
@@ -77,6 +78,8 @@ class Session:
         self.kv_bytes = 0
         self.requests = 0
         self.errors = 0
+        #: Requests refused since one was not.
+        self.refused = 0
         #: When the client was let in, in ns of perf_counter.
         self.since_ns = time.perf_counter_ns()
         #: What (method, meta) of earlier requests named; to be added to by :meth:`remember`.
