@@ -10,29 +10,20 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgpack
 import torch
-import zmq
 
 from tsqp import handshake as hs
 from tsqp._message import Encoder
 from tsqp.config import parse_endpoint
 
-#: A ZMTP 3.0 greeting of a peer without authentication.
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+from . import zmtp
+
 _SHORT_S = 1.0
-
-
-def command(name: bytes, *properties: tuple[bytes, bytes]) -> bytes:
-    """A ZMTP command frame."""
-    body = bytes([len(name)]) + name
-    for key, value in properties:
-        body += bytes([len(key)]) + key + struct.pack(">I", len(value)) + value
-    return bytes([4, len(body)]) + body
 
 
 def hello(**changes: Any) -> list[bytes]:
@@ -50,10 +41,8 @@ class Attacker:
     """Base of them all. :meth:`turn` is one blow; what the server does to the attacker is no error."""
 
     def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
         self._parsed = parse_endpoint(endpoint)
-        self._context = zmq.Context()
-        self._sockets: deque[Any] = deque()
+        self._sockets: deque[socket.socket] = deque()
 
     def turn(self) -> None:
         raise NotImplementedError
@@ -67,26 +56,20 @@ class Attacker:
         made.connect(parsed.path if parsed.scheme == "ipc" else (parsed.host, parsed.port))
         return made
 
-    def speaker(self, kind: int = zmq.DEALER, identity: bytes = b"") -> zmq.Socket[Any]:
-        """A connection that speaks ZeroMQ."""
-        made = self._context.socket(kind)
-        made.linger = 0
-        made.sndtimeo = made.rcvtimeo = int(_SHORT_S * 1000)
-        if identity:
-            made.routing_id = identity
-        if kind == zmq.SUB:
-            made.subscribe(b"")
-        self._sockets.append(made)
-        made.connect(self.endpoint)
+    def speaker(self, *messages: Sequence[bytes], kind: bytes = b"DEALER") -> socket.socket:
+        """A connection that speaks ZeroMQ, and says something at once."""
+        made = self.raw()
+        made.sendall(zmtp.opening(kind))
+        zmtp.hear(made, zmtp.READY)  # libzmq ends a connection that does not wait for it
+        made.sendall(b"".join(map(zmtp.message, messages)))
         return made
 
-    def client(self, **options: Any) -> zmq.Socket[Any] | None:
+    def client(self) -> socket.socket | None:
         """A connection let in as a client without shared memory; None if the server had it otherwise."""
-        made = self.speaker(**options)
-        made.send_multipart(hello())
-        if hs.open_envelope(made.recv_multipart()[0])[0] != hs.WELCOME:
+        made = self.speaker(hello())
+        if zmtp.hear(made, hs.envelope(hs.WELCOME), hs.envelope(hs.REFUSE)) == hs.envelope(hs.REFUSE):
             return None
-        made.send_multipart(ready())
+        made.sendall(zmtp.message(ready()))
         return made
 
     def leave(self, most: int = 0) -> None:
@@ -94,14 +77,17 @@ class Attacker:
         while len(self._sockets) > most:
             self._sockets.popleft().close()
 
-    @property
-    def alone(self) -> zmq.Socket[Any]:
-        """The only connection, made now if there is none."""
-        return self._sockets[0] if self._sockets else self.speaker()
-
-    def close(self) -> None:
-        self.leave()
-        self._context.term()
+    def go_on(self, *messages: Sequence[bytes]) -> None:
+        """Says something over the only connection, made now if there is none."""
+        if not self._sockets:
+            self.speaker(*messages)
+            return
+        try:
+            for message in messages:
+                self._sockets[0].sendall(zmtp.message(message))
+        except OSError:  # cut off: comes again next time
+            self.leave()
+            raise
 
 
 class SlowGreeting(Attacker):
@@ -118,7 +104,7 @@ class SlowGreeting(Attacker):
             self._said.append((self.raw(), 0))
         sock, at = self._said.popleft()
         try:
-            sock.sendall(GREETING[at : at + 1])
+            sock.sendall(zmtp.GREETING[at : at + 1])
             self._said.append((sock, min(at + 1, 62)))  # never the last one
         except OSError:
             self._sockets.remove(sock)
@@ -136,7 +122,7 @@ class HugeFrame(Attacker):
 
     def turn(self) -> None:
         sock = self.raw()
-        sock.sendall(GREETING + command(b"READY", (b"Socket-Type", b"DEALER"), (b"Identity", b"")))
+        sock.sendall(zmtp.opening())
         for claim in self.CLAIMS:
             with contextlib.suppress(OSError):
                 sock.sendall(b"\x02" + struct.pack(">Q", claim) + b"x" * 100)
@@ -146,7 +132,7 @@ class HugeFrame(Attacker):
 class Garbage(Attacker):
     """Speaks something else, and hangs up."""
 
-    WORDS = (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\xff" * 4000, bytes(4000), GREETING + b"\xff" * 4000)
+    WORDS = (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\xff" * 4000, bytes(4000), zmtp.GREETING + b"\xff" * 4000)
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
@@ -174,7 +160,7 @@ class HalfOpen(Attacker):
     COUNT = 40
 
     def turn(self) -> None:
-        self.speaker().send_multipart(hello(shm=True))
+        self.speaker(hello(shm=True))
         self.leave(self.COUNT)
 
 
@@ -200,8 +186,7 @@ class Replay(Attacker):
         )
         client = self.client()
         if client is not None:
-            for frames in stories[self._turns % len(stories)]:
-                client.send_multipart(frames)
+            client.sendall(b"".join(map(zmtp.message, stories[self._turns % len(stories)])))
         self.leave(2)
 
 
@@ -209,21 +194,21 @@ class HelloAgain(Attacker):
     """Says hello over and over on one connection."""
 
     def turn(self) -> None:
-        self.alone.send_multipart(hello(shm=True), flags=zmq.NOBLOCK)
+        self.go_on(hello(shm=True))
 
 
 class OtherVersion(Attacker):
     """Speaks another version of the protocol."""
 
     def turn(self) -> None:
-        self.speaker().send_multipart(hello(protocol=hs.PROTOCOL + 1))
+        self.speaker(hello(protocol=hs.PROTOCOL + 1))
         self.leave(2)
 
 
 class OtherSockets(Attacker):
     """Connects with other types of ZeroMQ sockets, and says what it likes."""
 
-    KINDS = (zmq.REQ, zmq.SUB, zmq.PUB, zmq.PUSH, zmq.PULL, zmq.PAIR, zmq.ROUTER, zmq.REP, zmq.XPUB)
+    KINDS = (b"REQ", b"SUB", b"PUB", b"PUSH", b"PULL", b"PAIR", b"ROUTER", b"REP", b"XPUB")
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
@@ -231,9 +216,7 @@ class OtherSockets(Attacker):
 
     def turn(self) -> None:
         self._turns += 1
-        sock = self.speaker(self.KINDS[self._turns % len(self.KINDS)])
-        with contextlib.suppress(zmq.ZMQError):
-            sock.send_multipart(hello(), flags=zmq.NOBLOCK)
+        self.speaker(hello(), kind=self.KINDS[self._turns % len(self.KINDS)])
         self.leave(len(self.KINDS))
 
 
@@ -257,7 +240,7 @@ class Flood(Attacker):
             if self.client() is None:
                 return
         self._sent += 1
-        self._sockets[0].send_multipart([hs.envelope(hs.MESSAGE, self._sent), *self._frames], zmq.NOBLOCK, copy=False)
+        self.go_on([hs.envelope(hs.MESSAGE, self._sent), *self._frames])
 
 
 class LargeFlood(Flood):
@@ -270,7 +253,7 @@ class Stranger(Attacker):
     """Sends messages without a handshake, as many as it can before it is cut off."""
 
     def turn(self) -> None:
-        self.alone.send_multipart([hs.envelope(hs.MESSAGE, 0), b"x" * 128], flags=zmq.NOBLOCK)
+        self.go_on([hs.envelope(hs.MESSAGE, 0), b"x" * 128])
 
 
 ATTACKERS: dict[str, Callable[[str], Attacker]] = {
@@ -300,10 +283,10 @@ def attack(wire: Connection, name: str, endpoint: str, rate: float) -> None:
         while not wire.poll(max(0.0, begin + turns / rate - time.monotonic())):
             try:
                 attacker.turn()
-            except (OSError, zmq.ZMQError):
+            except OSError:
                 refused += 1
             turns += 1
         wire.recv()
         attacker.leave()
         wire.send((turns, refused, time.process_time() - cpu_s))
-    attacker.close()
+    attacker.leave()

@@ -3,6 +3,7 @@ and nothing is left afterwards."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -148,12 +149,13 @@ def test_connections_without_number_do_not_take_the_descriptors(endpoint, start_
 
 
 def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(endpoint, start_peer, shm_directory):
-    """With all but one place taken, and an attacker that wants it: whoever finishes gets in, at once."""
+    """With all but one place taken, and attackers that want it: whoever finishes gets in, at once."""
     carrier = CARRIERS["ring"]
     with served(carrier, endpoint, max_clients=5) as listener:
-        attacker = begun(start_peer, "half-open", listener)
-        attacker.say("begin")
-        until(lambda: len(listener._hub.clients) == 4, "the attacker has what it can get")
+        attackers = [begun(start_peer, "half-open", listener, RATE / 4) for _ in range(4)]
+        for attacker in attackers:
+            attacker.say("begin")
+        until(lambda: len(listener._hub.clients) == 4, "the attackers have what they can get")
         channels = []
         for count in range(1, 6):
             channels.append(tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options))
@@ -161,10 +163,51 @@ def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(endpoin
                 Healthy(channel).echo(1000)
             assert len(list(shm_directory.iterdir())) <= 4
             assert len([each for each in listener._hub.clients.values() if each.channel]) >= count
-        attacker.say("enough")
-        attacker.hear()
+        for attacker in attackers:
+            attacker.say("enough")
+            attacker.hear()
         for channel in channels:
             channel.close()
+
+
+def test_a_process_that_finishes_no_handshake_has_one_at_a_time(endpoint, start_peer, shm_directory):
+    """However many it begins, and none any more once it had some: a segment costs more than all else."""
+    carrier = CARRIERS["ring"]
+    with served(carrier, endpoint) as listener:
+        attacker = begun(start_peer, "half-open", listener)
+        attacker.say("begin")
+        until(lambda: len(listener._hub.clients) == 1, "the attacker has what it can get")
+        most, seen, end = 0, set(), time.monotonic() + 2.0
+        while time.monotonic() < end:
+            with contextlib.suppress(RuntimeError):  # the listener's thread has just changed it
+                most = max(most, len(listener._hub.clients))
+                seen |= set(listener._hub.clients)
+            time.sleep(0.001)
+        assert most == 1
+        assert 1 <= len(seen) <= 3
+        attacker.say("enough")
+        assert attacker.hear()[0] > 100
+
+
+def test_a_process_cannot_make_connections_in_vain_without_number(endpoint, start_peer, monkeypatch):
+    """They are ended as they come, and not listened to. Another process gets in meanwhile, and as often as it likes."""
+    carrier = CARRIERS["ring"]
+    monkeypatch.setattr(connections, "IN_VAIN", 10.0)
+    heard = []
+    spoke = connections.Connections.spoke
+    monkeypatch.setattr(connections.Connections, "spoke", lambda *args: heard.append(args) or spoke(*args))
+    with served(carrier, endpoint) as listener:
+        attacker = begun(start_peer, "other version", listener, 1000.0)
+        attacker.say("begin")
+        count, end = 0, time.monotonic() + 1.0
+        while time.monotonic() < end:
+            with tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as channel:
+                Healthy(channel).echo(1000)
+            count += 1
+        attacker.say("enough")
+        turns, *_ = attacker.hear()
+        assert turns > 300
+        assert len(heard) - count < turns / 4
 
 
 @pytest.mark.parametrize("name", ["half-open", "replay", "flood", "large flood"])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import stat
+import struct
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from tsqp.connections import Connection, Connections, oldest_of_most
 from tsqp.cuda import _CALLS_PER_REPLACEMENT, Graphs
 from tsqp.errors import ClosedError, ConfigError, PeerDiedError
 from tsqp.limits import Limits
+from tsqp.monitor import Events
 from tsqp.protocol import MAX_ERROR_CHARS, Method, Status
 
 LAYER = Method.FUSED_LAYER
@@ -194,7 +199,7 @@ def test_the_time_that_segments_take_is_rationed():
     assert admission.may_spend(("address", "127.0.0.2"), 50.0)
     assert admission.may_spend(peer, 52.0)
     admission.forget(50.0 + 100)
-    assert not admission._spent
+    assert len(admission._spent) == 0
 
 
 def test_a_descriptor_that_is_no_connection_is_left_alone():
@@ -203,7 +208,7 @@ def test_a_descriptor_that_is_no_connection_is_left_alone():
     with open(os.devnull) as file:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
-            connections.accepted(file.fileno(), deadline=0.0)
+            connections.accepted(file.fileno(), deadline=0.0, ended=lambda fd: False)
         assert not len(connections)
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -211,12 +216,89 @@ def test_a_descriptor_that_is_no_connection_is_left_alone():
 def test_what_came_over_an_earlier_connection_ends_no_later_one():
     """A goodbye may be taken when its descriptor is another connection's already."""
     connections = Connections()
-    connections._open[7] = Connection(7, 0, ("process", 1), 10.0)
-    assert connections.may_be_of(7, b"a")  # nobody has spoken yet
+    connections._open[7] = made = Connection(7, 0, ("process", 1), 10.0)
+    connections.end_at(7, b"a", 1.0)  # who said nothing yet
+    assert connections.heeded(7)
     connections.spoke(7, b"b", "", 10.0)
-    assert connections.may_be_of(7, b"b")
-    assert not connections.may_be_of(7, b"a")
-    assert connections.may_be_of(8, b"a")
+    connections.claim(7, b"a")
+    connections.end_at(7, b"a", 1.0)
+    assert (connections.heeded(7), made.deadline) == (True, 10.0)
+    connections.end_at(7, b"b", 1.0)
+    assert (connections.heeded(7), made.deadline) == (False, 1.0)
+    connections.end_at(8, b"b", 1.0)
+    assert not connections.heeded(8)
+
+
+def test_a_connection_that_ended_before_it_was_looked_at_is_not_mistaken_for_the_next():
+    """With the same descriptor: whose process it is, and which socket, would be the other's."""
+    connections, (ours, theirs) = Connections(), socket.socketpair()
+    with ours, theirs:
+        asked = []
+
+        def ended(fd: int, answers: list[bool]) -> bool:
+            asked.append(fd)
+            return answers[len(asked) - 1]
+
+        for answers in ([True], [False, True]):  # before the look, and while it was looked at
+            asked.clear()
+            connections.accepted(ours.fileno(), 10.0, partial(ended, answers=answers))
+            assert len(asked) == len(answers)
+            assert not len(connections)
+        asked.clear()
+        connections.accepted(ours.fileno(), 10.0, partial(ended, answers=[False, False]))
+        assert len(connections) == 1
+
+
+def end_all(connections: Connections, process: int, count: int, **after: bytes) -> int:
+    """How many of a process's connections that end are let be; ``after``: what they were before that."""
+    let_be = 0
+    for fd in range(count):
+        if connections._in_vain.left(("process", process), time.monotonic()) >= 1.0:
+            let_be += 1
+        connections._open[fd] = Connection(fd, 0, ("process", process), 10.0)
+        if "client" in after:
+            connections.spoke(fd, after["client"], "", 10.0)
+            connections.keep(fd)
+        if "cut_off" in after:
+            connections.end_at(fd, after["cut_off"], 10.0, in_vain=True)
+        connections.ended(fd)
+    return let_be
+
+
+def test_connections_in_vain_are_counted(monkeypatch):
+    monkeypatch.setattr("tsqp.connections.IN_VAIN", 10.0)
+    monkeypatch.setattr("tsqp.connections.IN_VAIN_PER_S", 0.0)
+    connections = Connections()
+    assert end_all(connections, 1, 30) == 10
+    assert end_all(connections, 2, 30, client=b"x") == 30  # clients that went
+    assert end_all(connections, 3, 30, client=b"x", cut_off=b"x") == 10  # clients that were cut off
+
+
+def test_events_are_looked_at_ahead():
+    """The end of a connection that is reported behind others is known before they are taken."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as writer, context.socket(zmq.PAIR) as reader:
+        writer.bind("inproc://events")
+        reader.connect("inproc://events")
+        events = Events(reader)
+
+        def tell(event: int, fd: int) -> None:
+            writer.send_multipart([struct.pack("=Hi", event, fd), b""])
+
+        assert events.next() is None
+        assert not events.ended(7)
+        for event, fd in ((zmq.EVENT_ACCEPTED, 7), (zmq.EVENT_ACCEPTED, 8), (zmq.EVENT_DISCONNECTED, 7)):
+            tell(event, fd)
+        assert events.next() == (zmq.EVENT_ACCEPTED, 7)
+        assert (events.ended(7), events.ended(8)) == (True, False)
+        tell(zmq.EVENT_ACCEPTED, 7)
+        tell(zmq.EVENT_DISCONNECTED, 7)
+        assert events.next() == (zmq.EVENT_ACCEPTED, 8)
+        assert events.next() == (zmq.EVENT_DISCONNECTED, 7)
+        assert events.ended(7)  # the second one
+        assert events.next() == (zmq.EVENT_ACCEPTED, 7)
+        assert events.next() == (zmq.EVENT_DISCONNECTED, 7)
+        assert not events.ended(7)
+        assert events.next() is None
 
 
 def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkeypatch):
@@ -225,7 +307,8 @@ def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkey
     connections, order = Connections(), "aabaac"
     for fd, who in enumerate(order):
         connections._open[fd] = Connection(fd, 0, ("process", who), 10.0)
-    connections.end_at(5, 10.0)
+    connections.claim(5, b"last")
+    connections.end_at(5, b"last", 10.0)
     connections.spoke(0, b"first", "", 10.0)
     monkeypatch.setattr("tsqp.connections.MAX_STRANGERS", 3)
     connections.look(1.0)
@@ -242,10 +325,8 @@ def test_the_oldest_of_most():
 
 def test_a_descriptor_that_changed_hands_is_not_shut_down():
     """The connection is known by its socket, not by the number that it had."""
-    import socket
-
     connections, (ours, theirs) = Connections(), socket.socketpair()
-    connections.accepted(ours.fileno(), deadline=0.0)
+    connections.accepted(ours.fileno(), deadline=0.0, ended=lambda fd: False)
     others = socket.socketpair()
     number = ours.fileno()
     os.dup2(others[0].fileno(), number)  # closes ours, and is somebody else's now
@@ -253,7 +334,7 @@ def test_a_descriptor_that_changed_hands_is_not_shut_down():
     others[0].sendall(b"still open")
     assert others[1].recv(100) == b"still open"
     assert not len(connections)
-    connections.accepted(number, deadline=0.0)
+    connections.accepted(number, deadline=0.0, ended=lambda fd: False)
     connections.look(1.0)
     assert others[1].recv(100) == b""
     for sock in (ours, theirs, *others):

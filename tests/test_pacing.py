@@ -154,7 +154,7 @@ def test_the_hello_of_a_connection_that_has_ended_makes_no_client(listener, endp
         with client_of(listener, CARRIERS["ring"]) as both:
             assert_works(*both)
             assert len(listener._hub.clients) == 1
-            assert len(made) == 1 + stays  # of those that had the descriptor only the last is not known to be gone
+            assert 1 <= len(made) <= 1 + stays  # of those that had the descriptor the last may be there still
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from . import handshake
 from .connections import Peer, oldest_of_most
+from .rations import Rations
 
 #: A handshake that took longer may have to give way to another one; an honest one takes milliseconds.
 LINGER_S = 0.5
@@ -22,7 +23,7 @@ LINGER_S = 0.5
 #: that. A segment of the default size takes 0.1 s: 16 clients of one process are let in as fast as they come.
 BURST_S, SHARE = 2.0, 0.1
 #: What a handshake that is not finished counts as beside that.
-WASTE_S = 0.5
+WASTE_S = 1.0
 
 
 class Handshake(Protocol):
@@ -58,7 +59,7 @@ class Admission:
 
     def __init__(self) -> None:
         self.hellos: dict[bytes, Hello] = {}
-        self._spent: dict[Peer, tuple[float, float]] = {}  # seconds, and as of when
+        self._spent = Rations(BURST_S, SHARE)  # seconds
 
     def in_turn(self, under_way: Sequence[Handshake]) -> list[Hello]:
         """The hellos in the order of their turns: each peer's one by one, first of those with fewest handshakes."""
@@ -81,7 +82,7 @@ class Admission:
 
     def spend(self, peer: Peer, seconds: float, now: float) -> None:
         """Making something for ``peer`` took this long."""
-        self._spent[peer] = self._spent_by(peer, now) + seconds, now
+        self._spent.take(peer, seconds, now)
 
     def wasted(self, peer: Peer, now: float) -> None:
         """A handshake of ``peer`` was not finished. An address is not blamed: others share it."""
@@ -90,13 +91,8 @@ class Admission:
 
     def may_spend(self, peer: Peer, now: float) -> bool:
         """False while making things for ``peer`` has taken too long."""
-        return self._spent_by(peer, now) < BURST_S
-
-    def _spent_by(self, peer: Peer, now: float) -> float:
-        spent, since = self._spent.get(peer, (0.0, now))
-        return max(0.0, spent - SHARE * (now - since))
+        return self._spent.left(peer, now) > 0.0
 
     def forget(self, now: float) -> None:
         """Forgets peers that have nothing on their account any more."""
-        for peer in [peer for peer in self._spent if not self._spent_by(peer, now)]:
-            del self._spent[peer]
+        self._spent.forget(now)

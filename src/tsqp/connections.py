@@ -10,18 +10,23 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .descriptors import EXHAUSTED
 from .peer_uid import credentials
+from .rations import Rations
 
 #: Connections of no client, at most: of more, the oldest of whoever has most are ended, those first that are to go
 #: anyway, then those that have not said what they are.
 MAX_STRANGERS = 64
 #: The same while few descriptors are left.
 FEW_STRANGERS = 8
+#: How many connections of one process may come to nothing, at once and per second after that: no client was made of
+#: them, or one that was cut off. Each costs the clients that are served 0.3 ms of a core; more are ended as they come.
+IN_VAIN, IN_VAIN_PER_S = 50.0, 10.0
 LEAVING, SILENT, WAITING = range(3)
 T = TypeVar("T")
 
@@ -44,12 +49,13 @@ def oldest_of_most(candidates: Iterable[T], peer_of: Callable[[T], Peer]) -> T |
 class Connection:
     """One accepted connection. It is ended at ``deadline`` (time.monotonic seconds; None: it is a client's)."""
 
-    __slots__ = ("deadline", "fd", "identity", "inode", "peer", "state")
+    __slots__ = ("deadline", "fd", "identity", "in_vain", "inode", "peer", "state")
 
     def __init__(self, fd: int, inode: int, peer: Peer, deadline: float) -> None:
         self.fd, self.inode, self.peer = fd, inode, peer
         self.deadline: float | None = deadline
         self.state = SILENT
+        self.in_vain = True  # so far
         self.identity: bytes | None = None  # once it has spoken
 
 
@@ -58,23 +64,34 @@ class Connections:
 
     def __init__(self) -> None:
         self._open: dict[int, Connection] = {}
+        self._in_vain = Rations(IN_VAIN, IN_VAIN_PER_S)
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def accepted(self, fd: int, deadline: float) -> None:
-        """libzmq has accepted a connection, or at least had: it may be gone already, and its end will be reported."""
-        with contextlib.suppress(OSError):
-            inode = os.fstat(fd).st_ino
-            self._open[fd] = Connection(fd, inode, _peer(fd), deadline)
+    def accepted(self, fd: int, deadline: float, ended: Callable[[int], bool]) -> None:
+        """libzmq has accepted a connection, or at least had: its end may be reported already, which ``ended`` tells of
+        a descriptor that may be somebody else's by now.
 
-    def known(self, fd: int) -> bool:
-        """False once the connection's end was reported, or seen to."""
-        return fd in self._open
+        Of a process of which too many came to nothing it is ended at once. An address is not blamed: others share it.
+        """
+        if ended(fd):
+            return
+        with contextlib.suppress(OSError):
+            made = Connection(fd, os.fstat(fd).st_ino, _peer(fd), deadline)
+            if ended(fd):
+                return  # and that may have been looked at
+            self._open[fd] = made
+            if self._in_vain.left(made.peer, time.monotonic()) < 1.0:
+                self._cut(made)
 
     def ended(self, fd: int) -> None:
         """libzmq has reported the connection's end."""
-        self._open.pop(fd, None)
+        found = self._open.pop(fd, None)
+        if found is not None and found.in_vain and found.peer[0] == "process":
+            now = time.monotonic()
+            if self._in_vain.left(found.peer, now) >= 1.0:
+                self._in_vain.take(found.peer, 1.0, now)
 
     def spoke(self, fd: int, identity: bytes, key: str, deadline: float) -> Peer:
         """The connection has said what it is, and has an answer by ``deadline``; ``key`` is who it was authenticated
@@ -91,33 +108,42 @@ class Connections:
         """The connection is a client's."""
         found = self._open.get(fd)
         if found is not None:
-            found.deadline = None
+            found.deadline, found.in_vain = None, False
 
-    def end_at(self, fd: int, deadline: float) -> None:
-        """The connection is to go; at ``deadline`` it is ended if it is still there."""
+    def end_at(self, fd: int, identity: bytes, deadline: float, in_vain: bool = False) -> None:
+        """The connection is to go; at ``deadline`` it is ended if it is still there. ``in_vain``: for its own fault.
+
+        Nothing is done where the descriptor belongs to somebody else by now, who has said hello by another identity, or
+        nothing yet: what `identity` said, it said over an earlier connection.
+        """
         found = self._open.get(fd)
-        if found is not None:
+        if found is not None and found.identity == identity:
             found.deadline, found.state = deadline, LEAVING
+            found.in_vain |= in_vain
 
-    def may_be_of(self, fd: int, identity: bytes) -> bool:
-        """False where the descriptor is known to belong to somebody else by now: what `identity` said was said over
-        an earlier connection."""
+    def claim(self, fd: int, identity: bytes) -> None:
+        """Whoever has this identity, and is there, is who has the descriptor, if that has said nothing so far."""
         found = self._open.get(fd)
-        return found is None or found.identity in (None, identity)
+        if found is not None and found.identity is None:
+            found.identity = identity
 
-    def leaving(self, fd: int) -> bool:
-        """The connection is to go: what it still says counts no more."""
+    def heeded(self, fd: int) -> bool:
+        """False where the connection is to go, or is gone: what it still says counts no more."""
         found = self._open.get(fd)
-        return found is not None and found.state == LEAVING
+        return found is not None and found.state != LEAVING
 
     def look(self, now: float, scarce: bool = False) -> None:
         """Ends what is due, and of too many connections those that are least worth; ``scarce``: few descriptors are
         left."""
+        self._in_vain.forget(now)
         most = FEW_STRANGERS if scarce else MAX_STRANGERS
-        strangers = [each for each in self._open.values() if each.deadline is not None]
-        for connection in [each for each in strangers if each.deadline is not None and each.deadline < now]:
+        strangers: list[Connection] = []
+        due: list[Connection] = []
+        for each in self._open.values():
+            if each.deadline is not None:
+                (strangers if each.deadline >= now else due).append(each)
+        for connection in due:
             self._cut(connection)
-        strangers = [each for each in strangers if each.deadline is not None and each.deadline >= now]
         if len(strangers) > most:
             for connection in _least_worth(strangers)[: len(strangers) - most]:
                 self._cut(connection)
@@ -131,7 +157,7 @@ class Connections:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 return  # the next look tries again
-        self._open.pop(connection.fd, None)  # it has ended, or has by itself
+        self.ended(connection.fd)  # or it has by itself
 
 
 def _least_worth(connections: list[Connection]) -> list[Connection]:

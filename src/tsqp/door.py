@@ -117,34 +117,45 @@ class Door:
         if not self.hellos:
             return
         self._hub.take_messages(AT_ONCE + len(self._hub.clients))
+        now, patience_s = time.monotonic(), {}  # where one of a peer's has no place its next ones have none
         for number, hello in enumerate(self._admission.in_turn(self.under_way())):
-            now = time.monotonic()
-            if not self._has_place(hello, now):
-                crowded = bool(self.under_way()) or not self._admission.may_spend(hello.peer, now)
-                until = hello.since + (CROWDED_S if crowded else _PLACE_S)
-                if number < self._options.max_clients and now < until:
+            kind = hello.peer, self._wants_segment(hello)
+            if kind in patience_s or not self._has_place(hello, now):
+                if kind not in patience_s:
+                    crowded = bool(self.under_way()) or not self._admission.may_spend(hello.peer, now)
+                    patience_s[kind] = CROWDED_S if crowded else _PLACE_S
+                if number < self._options.max_clients and now < hello.since + patience_s[kind]:
                     continue  # no more of them than there are places
             if self.hellos.pop(hello.identity, None) is None:
                 continue  # its connection ended meanwhile
             self._hello(hello)
+            now = time.monotonic()  # a segment takes its time
 
     def _has_place(self, hello: Hello, now: float) -> bool:
         """Whether the client could be let in now. A handshake that took too long goes for it."""
         if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return False
-        if self._crowded(hello) or self.full():
-            self._end_one(hello.peer, now)
-        return not self._crowded(hello) and not self.full()
+        if self.full():
+            self._end_one(self.under_way(), hello.peer, now)
+        else:
+            self._end_one(self._rivals(hello), hello.peer, now)
+        return not self._rivals(hello) and not self.full()
 
     def _wants_segment(self, hello: Hello) -> bool:
         return hello.shm and self._options.shm
 
-    def _crowded(self, hello: Hello) -> bool:
-        return self._wants_segment(hello) and len(self.under_way()) >= self._options.max_handshakes
+    def _rivals(self, hello: Hello) -> list[Client]:
+        """The handshakes of which one has to end before this one can begin; none where there is room for it. A process
+        or a key has one at a time, an address has what there is: others share it."""
+        if not self._wants_segment(hello):
+            return []
+        under_way = self.under_way()
+        own = [client for client in under_way if client.peer == hello.peer and hello.peer[0] != "address"]
+        return own or (under_way if len(under_way) >= self._options.max_handshakes else [])
 
-    def _end_one(self, peer: Peer, now: float) -> bool:
+    def _end_one(self, candidates: list[Client], peer: Peer, now: float) -> bool:
         """Ends the handshake that has to give way to one of ``peer``, if there is one."""
-        victim = self._admission.gives_way(self.under_way(), peer, now)
+        victim = self._admission.gives_way(candidates, peer, now)
         if victim is not None:
             self._hub.cut_off(victim.identity, victim.fd, "the handshake was not finished while others waited")
         return victim is not None
@@ -166,20 +177,15 @@ class Door:
                 self._refuse(hello, f"the server could not make a segment: {error}"[:2000])
                 return
             welcome = hs.Welcome(hs.PROTOCOL, True, futex, segment.name, segment.session, slot_bytes, slots)
-        if not self._hub.say(hello.identity, hs.WELCOME, welcome):
-            # Its connection ended before its hello was taken: whose that descriptor is now has done nothing wrong.
-            if client.segment is not None:
-                client.segment.drop_name()
-            self._hub.fixed.release(client.segment)
-            return
         client.began = time.monotonic()
         self._hub.clients[hello.identity] = client
-        if client.segment is not None:
+        if not self._hub.say(hello.identity, hs.WELCOME, welcome):
+            self._hub.drop(hello.identity, GONE)  # its end may have been reported before its hello was taken
+        elif client.segment is not None:
             self._hub.connections.keep(hello.fd)
 
     def _refuse(self, hello: Hello, why: str) -> None:
-        self._hub.say(hello.identity, hs.REFUSE, hs.Refuse(why))
-        self._hub.connections.end_at(hello.fd, time.monotonic() + LEAVE_S)
+        self._hub.bid_farewell(hello.identity, hello.fd, hs.REFUSE, why, LEAVE_S)
 
     def _new_segment(self, peer: Peer) -> Segment:
         """A segment; where there is no memory for it, handshakes that took too long give theirs back first."""
@@ -190,7 +196,7 @@ class Door:
                     options = self._options
                     return self._hub.fixed.take() or Segment.create(options.max_chunk_bytes, options.max_chunks, 2)
                 except SharedMemoryFullError:
-                    if not self._end_one(peer, time.monotonic()):
+                    if not self._end_one(self.under_way(), peer, time.monotonic()):
                         raise
         finally:
             now = time.monotonic()
@@ -205,7 +211,7 @@ class Door:
             return self.full_text
         if self._hub.reserve.scarce:
             return "the server process has too few file descriptors left (ulimit -n); it serves the clients it has"
-        if self._crowded(hello):
+        if self._rivals(hello):
             return f"the server has its limit of {self._options.max_handshakes} handshakes under way; try again"
         if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return "too many connections came from there in a short time; try again in some seconds"

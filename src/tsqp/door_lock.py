@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Container
-from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -94,9 +93,9 @@ class DoorLock:
         self._came_with[identity] = key
         return ""
 
-    def hear(self, event: dict[str, Any]) -> None:
+    def hear(self, event: int) -> None:
         """Logs a handshake that failed before there was a question."""
-        if event["event"] & _FAILED:
+        if event & _FAILED:
             self._log("refused a connection: it has no keys, or other ones than this server's, or is no tsqp client")
 
     # --- ZAP ------------------------------------------------------------------------------------------------------

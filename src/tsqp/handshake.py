@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import msgpack
@@ -86,11 +86,15 @@ class Refuse:
 
 Body = TypeVar("Body", Hello, Welcome, Ready, Refuse)
 _TYPES = {"int": int, "bool": bool, "str": str, "bytes": bytes}
+#: The types of each body's fields, by name.
+_FIELDS: dict[type, dict[str, type]] = {
+    kind: {field.name: _TYPES[str(field.type)] for field in fields(kind)} for kind in (Hello, Welcome, Ready, Refuse)
+}
 
 
 def pack(body: Hello | Welcome | Ready | Refuse) -> bytes:
     """A handshake body as msgpack."""
-    return msgpack.packb(asdict(body))
+    return msgpack.packb(vars(body))
 
 
 def unpack(kind: type[Body], data: bytes) -> Body:
@@ -101,12 +105,12 @@ def unpack(kind: type[Body], data: bytes) -> Body:
         body = msgpack.unpackb(data, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError):
         raise ProtocolError("the peer's handshake is no valid msgpack; it speaks something else") from None
-    names = {field.name: field.type for field in fields(kind)}
-    if not isinstance(body, Mapping) or set(body) != set(names):
+    names = _FIELDS[kind]
+    if not isinstance(body, Mapping) or body.keys() != names.keys():
         raise ProtocolError(f"the peer's {kind.__name__} has other fields; use one version of tsqp at both ends")
-    for name, type_name in names.items():
-        if type(body[name]) is not _TYPES[str(type_name)]:
-            raise ProtocolError(f"the peer's {kind.__name__}.{name} is no {type_name}")
+    for name, wanted in names.items():
+        if type(body[name]) is not wanted:
+            raise ProtocolError(f"the peer's {kind.__name__}.{name} is no {wanted.__name__}")
     return kind(**body)
 
 

@@ -18,7 +18,6 @@ from collections import deque
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from . import door
 from . import handshake as hs
@@ -32,7 +31,9 @@ from .door import AT_ONCE, GONE, LEAVE_S, Client, Door, HubOptions
 from .door_lock import DoorLock, key_of
 from .errors import ProtocolError
 from .fixed_segment import FixedSegment
+from .frames import received
 from .links import frame_limit
+from .monitor import Events
 from .pacing import Pace
 from .server_link import ServerLink
 from .transport import Channel, make_channel
@@ -55,7 +56,10 @@ _DEALER_FRAMES_MIN = 2
 MAX_PROBES = 16
 #: Whoever broke the protocol and is told to go has this long to hear it.
 _CUT_OFF_S = 0.1
-_HELLO_LOOK_MS = 10
+#: How often waiting hellos are looked at, if nothing else wakes the thread: what makes room for one does, mostly.
+_HELLO_LOOK_MS = 50
+#: How often deadlines are looked at.
+_EXPIRE_S = 0.02
 
 
 class Hub:
@@ -110,6 +114,7 @@ class Hub:
         self._lock = DoorLock(self._context, self._router, endpoint.scheme == "ipc", self.options.keys)
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | self._lock.events
         self._monitor = self._router.get_monitor_socket(events)
+        self._events = Events(self._monitor)
         self.endpoint = bind(self._router, endpoint)
         self._socket_path = endpoint.path
 
@@ -141,8 +146,7 @@ class Hub:
         lock.register(poller)
         try:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
-                if not self._outbox:
-                    self._pace.hold()
+                self._pace.hold()
                 poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
                 self.reserve.look()
                 self.fixed.look()
@@ -204,9 +208,8 @@ class Hub:
 
     def take_messages(self, limit: int = AT_ONCE) -> None:
         for _ in range(limit):
-            try:
-                parts = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            parts = received(self._router)
+            if parts is None:
                 return
             try:
                 self._take(parts)
@@ -215,13 +218,18 @@ class Hub:
 
     def cut_off(self, identity: bytes, fd: int, why: str) -> None:
         """Ends a connection for its own fault, and says so."""
-        self._end(identity, fd, f"it broke the protocol: {why}", why)
+        self._end(identity, fd, f"it broke the protocol: {why}", why, in_vain=True)
 
-    def _end(self, identity: bytes, fd: int, reason: str, told: str) -> None:
+    def _end(self, identity: bytes, fd: int, reason: str, told: str, in_vain: bool = False) -> None:
         self.drop(identity, reason)
-        self.say(identity, hs.BYE, hs.Refuse(told[:500]))
-        if self.connections.may_be_of(fd, identity):
-            self.connections.end_at(fd, time.monotonic() + _CUT_OFF_S)
+        self.bid_farewell(identity, fd, hs.BYE, told[:500], _CUT_OFF_S, in_vain)
+
+    def bid_farewell(self, identity: bytes, fd: int, kind: int, why: str, stay_s: float, in_vain: bool = False) -> None:
+        """Tells a connection why it is to go, and in how many seconds; ``in_vain``: for its own fault. One that has
+        ended is told nothing, and whose its descriptor is now has nothing to do with it."""
+        if self.say(identity, kind, hs.Refuse(why)):
+            self.connections.claim(fd, identity)
+            self.connections.end_at(fd, identity, time.monotonic() + stay_s, in_vain)
 
     def _expel(self, identity: bytes) -> None:
         """Cuts off a client whose key is gone, at once: whatever it has put into its ring is read by nobody."""
@@ -238,32 +246,31 @@ class Hub:
 
     def _take(self, parts: list[zmq.Frame]) -> None:
         identity, fd = parts[0].bytes, int(parts[-1].get(zmq.SRCFD))
-        if len(parts) < _DEALER_FRAMES_MIN:
-            raise ProtocolError("a message without an envelope")
-        if not self.clients.get(identity) and self.connections.leaving(fd):
-            self._take_events()  # the descriptor may be another connection's by now
-            if self.connections.leaving(fd):
-                return
-        kind, sequence = hs.open_envelope(parts[1].buffer)
         client = self.clients.get(identity)
-        if client is not None and client.fd != fd:  # who had this identity is gone, and somebody else took it
-            self.drop(identity, GONE)
-            client = None
         if client is None or client.link is None:
             self._pace.stranger = True
         else:
             self._pace.client = True
+        if len(parts) < _DEALER_FRAMES_MIN:
+            raise ProtocolError("a message without an envelope")
+        if client is None and not self.connections.heeded(fd):
+            self._take_events()  # the descriptor may be another connection's by now
+            if not self.connections.heeded(fd):
+                return
+        kind, sequence = hs.open_envelope(parts[1].buffer)
+        if client is not None and client.fd != fd:  # who had this identity is gone, and somebody else took it
+            self.drop(identity, GONE)
+            client = None
         if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
+            # Ends of older connections that used this descriptor were reported before this message came.
+            self._take_events()
+            if not self.connections.heeded(fd) or self._door.late(identity, fd):
+                return  # it has ended meanwhile
             assert self._lock is not None
             refusal = self._lock.refusal(identity, parts[1])
             if refusal:
-                self.say(identity, hs.REFUSE, hs.Refuse(refusal))
-                self.connections.end_at(fd, time.monotonic() + LEAVE_S)
+                self.bid_farewell(identity, fd, hs.REFUSE, refusal, LEAVE_S)
                 return
-            # Ends of older connections that used this descriptor were reported before this message came.
-            self._take_events()
-            if not self.connections.known(fd) or self._door.late(identity, fd):
-                return  # it has ended meanwhile
             now = time.monotonic()
             peer = self.connections.spoke(fd, identity, key_of(parts[1]).decode(), now + 2 * door.CROWDED_S)
             self._hellos[identity] = Hello(identity, fd, hs.unpack(hs.Hello, parts[2].bytes), peer, now)
@@ -283,16 +290,16 @@ class Hub:
                 self.cut_off(identity, fd, fault)
         elif kind == hs.BYE:
             self.drop(identity, None)
-            self.connections.end_at(fd, time.monotonic() + LEAVE_S)
+            self.connections.end_at(fd, identity, time.monotonic() + LEAVE_S)
         else:
             raise ProtocolError("a message out of order")
 
     def say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> bool:
-        """False: it is gone already, or does not read."""
+        """False: its connection has ended. One that does not read is told nothing, and times out."""
         try:
             self._router.send_multipart([identity, hs.envelope(kind), *map(hs.pack, body)], flags=zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
+        except zmq.ZMQError as error:
+            return error.errno != errno.EHOSTUNREACH
         return True
 
     def _ready(self, client: Client, data: bytes) -> None:
@@ -357,25 +364,26 @@ class Hub:
         client.segment = None
 
     def _take_events(self) -> None:
-        while self._monitor.poll(0):
+        while (found := self._events.next()) is not None:
             self._pace.stranger = True
-            event = recv_monitor_message(self._monitor)
-            fd = int(event["value"])
-            if event["event"] == zmq.EVENT_ACCEPTED:
-                self.connections.accepted(fd, time.monotonic() + door.HANDSHAKE_TIMEOUT_S)
-                continue
-            if event["event"] != zmq.EVENT_DISCONNECTED:
-                if self._lock is not None:
-                    self._lock.hear(event)
-                continue
-            self.connections.ended(fd)
-            for identity in [identity for identity, hello in self._hellos.items() if hello.fd == fd]:
-                del self._hellos[identity]
-            gone = [client for client in self.clients.values() if client.fd == fd]
-            if gone:
-                self.take_messages(_RECEIVED_MAX * len(self.clients))
-            for client in gone:
-                self.drop(client.identity, GONE)
+            event, fd = found
+            if event == zmq.EVENT_ACCEPTED:
+                self.connections.accepted(fd, time.monotonic() + door.HANDSHAKE_TIMEOUT_S, self._events.ended)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._ended(fd)
+            elif self._lock is not None:
+                self._lock.hear(event)
+
+    def _ended(self, fd: int) -> None:
+        """A connection is no more."""
+        self.connections.ended(fd)
+        for identity in [identity for identity, hello in self._hellos.items() if hello.fd == fd]:
+            del self._hellos[identity]
+        gone = [client for client in self.clients.values() if client.fd == fd]
+        if gone:
+            self.take_messages(_RECEIVED_MAX * len(self.clients))
+        for client in gone:
+            self.drop(client.identity, GONE)
 
     def _flush_outbox(self) -> None:
         held: list[tuple[ServerLink, list[Any]]] = []  # what its client has no room for, in the order it was posted
@@ -408,11 +416,13 @@ class Hub:
         parts.clear()  # a frame object of ours would itself keep the sender's memory in use
         if goodbye:
             self._forget(client)
-            self.connections.end_at(client.fd, time.monotonic() + LEAVE_S)
+            self.connections.end_at(client.fd, client.identity, time.monotonic() + LEAVE_S)
         return True
 
     def _expire_handshakes(self) -> None:
         now = time.monotonic()
+        if now < self._looked + _EXPIRE_S:
+            return
         away_s, self._looked = now - self._looked, now
         if away_s > _AWAY_S:  # this process was stopped: what came meanwhile has not been taken yet
             for client in self.clients.values():

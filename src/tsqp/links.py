@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from . import descriptors
 from . import handshake as hs
@@ -26,6 +25,7 @@ from .curve import ClientKeys
 from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
 from .frames import SLICE_S, multipart, slice_until, trackers, wait_sent
 from .greeting import EVENTS, Greeting
+from .monitor import next_event
 
 #: One frame of a peer may not be larger; libzmq drops a connection that tries.
 MAX_FRAME_BYTES = 4 << 30
@@ -273,10 +273,12 @@ class ClientLink:
         check_process(self._pid)
         with self._lock:
             while self._reason is None and not self._closed and _has_message(self._monitor):
-                event = recv_monitor_message(self._monitor)
+                found = next_event(self._monitor)
+                if found is None:
+                    break
                 if not self._connected:  # a connection that ends before it is one: libzmq tries again
-                    self._connected = self._greeting.hear(event["event"], event["value"])
-                elif event["event"] == zmq.EVENT_DISCONNECTED:
+                    self._connected = self._greeting.hear(*found)
+                elif found[0] == zmq.EVENT_DISCONNECTED:
                     self._reason = "its end of the control connection was closed"
             return self._reason
 

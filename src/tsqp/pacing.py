@@ -2,7 +2,7 @@
 
 Pacing puts together what strangers cause, connections that come and go and messages of no client, and holds up nothing
 else: whoever posts something to be sent ends the wait, and a wake-up that had a client's message is never followed by
-one. It is a token bucket (Turner, "New directions in communications", 1986): a stranger who is alone finds it full.
+one. What strangers may do is rationed (see ``rations``): one who is alone meets no wait.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import select
 import time
 
+from .rations import Rations
+
 #: How often a second, and how often at once, the thread may wake up for strangers alone.
-WAKES_PER_S, WAKES_AT_ONCE = 200.0, 500.0
+WAKES_PER_S, WAKES_AT_ONCE = 50.0, 500.0
 
 
 class Pace:
@@ -21,7 +23,7 @@ class Pace:
         # Not select(): it knows no descriptors from 1024 on.
         self._called = select.poll()
         self._called.register(wake_fd, select.POLLIN)
-        self._left, self._counted = WAKES_AT_ONCE, time.monotonic()
+        self._rations = Rations(WAKES_AT_ONCE, WAKES_PER_S)
         #: Set by whoever meets one, until the next :meth:`hold`.
         self.stranger = self.client = False
 
@@ -32,10 +34,8 @@ class Pace:
         if not alone:
             return
         now = time.monotonic()
-        self._left = min(WAKES_AT_ONCE, self._left + WAKES_PER_S * (now - self._counted))
-        self._counted = now
-        if self._left >= 1.0:
-            self._left -= 1.0
+        if self._rations.left(None, now) >= 1.0:
+            self._rations.take(None, 1.0, now)
         else:
             self._called.poll(1000 / WAKES_PER_S)
 
