@@ -499,7 +499,7 @@ def test_who_takes_the_identity_of_one_that_left_gets_nothing_of_it(endpoint):
             fresh = listener.accept(PATIENCE_S)
             hub._send = send
             hub._outbox.extend(held)
-            hub._wake()
+            hub._pipe.ring()
             until(lambda: not hub._outbox)
             assert not thief.poll(200)
             assert fresh is not served

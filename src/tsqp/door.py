@@ -28,6 +28,12 @@ _PLACE_S = 0.5
 CROWDED_S = 3.0
 #: Whoever was refused, or said goodbye, has this long to go by itself.
 LEAVE_S = 2.0
+#: Longer than this between two looks is not the I/O thread's own doing.
+_AWAY_S = 1.0
+#: How often file descriptors are looked after.
+_LOOK_MS = 100
+#: How often waiting hellos are looked at, if nothing else wakes the thread: what makes room for one does, mostly.
+_HELLO_LOOK_MS = 50
 #: Why a client is no more whose connection ended without a goodbye.
 GONE = "its end of the control connection was closed"
 #: How many messages are taken before events and the outbox are looked at again, however busy one client is.
@@ -81,9 +87,22 @@ class Door:
         self.hellos = self._admission.hellos
         self.full_text = f"the server has its limit of {hub.options.max_clients} clients (max_clients)"
 
-    def forget(self, now: float) -> None:
-        """Forgets what is not needed any more; called now and then."""
+    def look(self, now: float, away_s: float) -> None:
+        """Called now and then, ``away_s`` seconds after the last time: ends handshakes that take too long, and forgets
+        what is not needed any more."""
+        if away_s > _AWAY_S:  # this process was stopped: what came meanwhile has not been taken yet
+            for client in self._hub.clients.values():
+                client.deadline += away_s
+        for client in [client for client in self.unfinished() if client.deadline < now]:
+            self._hub.cut_off(client.identity, client.fd, "the handshake was not finished in time")
         self._admission.forget(now)
+
+    def patience_ms(self) -> int:
+        """How long the I/O thread may sleep."""
+        if self.hellos:
+            return _HELLO_LOOK_MS
+        waiting = [client.deadline for client in self.unfinished()]
+        return min(_LOOK_MS, max(1, int((min(waiting) - time.monotonic()) * 1000))) if waiting else _LOOK_MS
 
     def wasted(self, client: Client) -> None:
         """The handshake ended unfinished, and a segment was made for nothing."""

@@ -37,15 +37,12 @@ from .monitor import Events
 from .pacing import Pace
 from .server_link import ServerLink
 from .transport import Channel, make_channel
+from .wake_pipe import WakePipe
 
 log = logging.getLogger("tsqp.listener")
 
 _RETRY_MS = 10
-#: How often file descriptors are looked after.
-_LOOK_MS = 100
 _FAREWELL_S = 0.5
-#: Longer than this between two looks is not the I/O thread's own doing.
-_AWAY_S = 1.0
 #: What libzmq takes ahead of the I/O thread, messages of each client; it knows no limit in bytes. Not fewer: on a Unix
 #: socket it throws away what it has no room for when the other end closes, the goodbye among it.
 _LIBZMQ_AHEAD = 1000
@@ -56,10 +53,8 @@ _DEALER_FRAMES_MIN = 2
 MAX_PROBES = 16
 #: Whoever broke the protocol and is told to go has this long to hear it.
 _CUT_OFF_S = 0.1
-#: How often waiting hellos are looked at, if nothing else wakes the thread: what makes room for one does, mostly.
-_HELLO_LOOK_MS = 50
 #: How often deadlines are looked at.
-_EXPIRE_S = 0.02
+_DEADLINES_S = 0.02
 
 
 class Hub:
@@ -86,12 +81,9 @@ class Hub:
         self._stop = False
         self._looked = time.monotonic()
         self._stop_by = 0.0  # a client that takes nothing does not hold up the close for ever
-        self._pipe_lock = threading.RLock()
-        self._wake_r, self._wake_w = os.pipe()
-        os.set_blocking(self._wake_r, False)
-        os.set_blocking(self._wake_w, False)
-        self.reserve = Reserve(self._wake_r)
-        self._pace = Pace(self._wake_r)
+        self._pipe = WakePipe()
+        self.reserve = Reserve(self._pipe.fd)
+        self._pace = Pace(self._pipe.fd)
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
@@ -122,42 +114,37 @@ class Hub:
         """Ends the thread; goodbyes that were posted have a moment to leave."""
         self._stop_by = time.monotonic() + _FAREWELL_S
         self._stop = True
-        self._wake()
+        self._pipe.ring()
         self._bell.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _wake(self) -> None:
-        with self._pipe_lock, contextlib.suppress(BlockingIOError):
-            if self._wake_w >= 0:  # else the I/O thread has ended, and the descriptor may be somebody else's
-                os.write(self._wake_w, b"x")
-
     def _post(self, link: ServerLink, parts: list[Any]) -> None:
         self._outbox.append((link, parts))
-        self._wake()
+        self._pipe.ring()
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
-        poller.register(self._wake_r, zmq.POLLIN)
+        poller.register(self._pipe.fd, zmq.POLLIN)
         lock = self._lock
         assert lock is not None
         lock.register(poller)
         try:
             while not self._stop or (self._outbox and time.monotonic() < self._stop_by):
                 self._pace.hold()
-                poller.poll(_RETRY_MS if self._outbox else self._next_timeout_ms())
+                poller.poll(_RETRY_MS if self._outbox else self._door.patience_ms())
                 self.reserve.look()
                 self.fixed.look()
-                self._drain_wake()
+                self._pipe.drain()
                 for identity in lock.look(self.clients, self._hellos):
                     self._expel(identity)
                 self.take_messages()
                 self._take_events()
                 self._door.answer()
                 self._flush_outbox()
-                self._expire_handshakes()
+                self._look_at_deadlines()
                 if self._stop:
                     self._outbox = deque(item for item in self._outbox if not self._is_dead(item[0]))
         except BaseException as error:
@@ -189,22 +176,16 @@ class Hub:
         self.owner = None
         self._context.term()
         self.reserve.close()
-        with self._pipe_lock:
-            os.close(self._wake_r)
-            os.close(self._wake_w)
-            self._wake_r = self._wake_w = -1
+        self._pipe.close()
         self.clients.clear()
 
-    def _next_timeout_ms(self) -> int:
-        if self._hellos:
-            return _HELLO_LOOK_MS
-        waiting = [c.deadline for c in self._door.unfinished()]
-        return min(_LOOK_MS, max(1, int((min(waiting) - time.monotonic()) * 1000))) if waiting else _LOOK_MS
-
-    def _drain_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_r, 4096):
-                pass
+    def _look_at_deadlines(self) -> None:
+        now = time.monotonic()
+        if now < self._looked + _DEADLINES_S:
+            return
+        away_s, self._looked = now - self._looked, now
+        self._door.look(now, away_s)
+        self.connections.look(now, self.reserve.scarce)
 
     def take_messages(self, limit: int = AT_ONCE) -> None:
         for _ in range(limit):
@@ -418,16 +399,3 @@ class Hub:
             self._forget(client)
             self.connections.end_at(client.fd, client.identity, time.monotonic() + LEAVE_S)
         return True
-
-    def _expire_handshakes(self) -> None:
-        now = time.monotonic()
-        if now < self._looked + _EXPIRE_S:
-            return
-        away_s, self._looked = now - self._looked, now
-        if away_s > _AWAY_S:  # this process was stopped: what came meanwhile has not been taken yet
-            for client in self.clients.values():
-                client.deadline += away_s
-        for client in [c for c in self._door.unfinished() if c.deadline < now]:
-            self.cut_off(client.identity, client.fd, "the handshake was not finished in time")
-        self.connections.look(now, self.reserve.scarce)
-        self._door.forget(now)

@@ -26,6 +26,7 @@ from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, W
 from .frames import SLICE_S, multipart, slice_until, trackers, wait_sent
 from .greeting import EVENTS, Greeting
 from .monitor import next_event
+from .wake_pipe import WakePipe
 
 #: One frame of a peer may not be larger; libzmq drops a connection that tries.
 MAX_FRAME_BYTES = 4 << 30
@@ -118,13 +119,11 @@ class ClientLink:
         self._closed = False
         self._waiting = 0
         self._nobody_waits = threading.Condition(self._lock)
-        self._wake_r, self._wake_w = os.pipe()
-        os.set_blocking(self._wake_r, False)
-        os.set_blocking(self._wake_w, False)
-        self._descriptors = (int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD)), self._wake_r)
+        self._pipe = WakePipe()
+        self._descriptors = (int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD)), self._pipe.fd)
         # Dropped without a close, perhaps in a cycle: the garbage collector may finalise the context before its
         # sockets, and pyzmq's context would then wait for them for ever.
-        self._sockets = self._socket, self._monitor, (self._wake_r, self._wake_w)
+        self._sockets = self._socket, self._monitor, self._pipe
         self._finalizer = weakref.finalize(self, _give_back, self._pid, self._context, *self._sockets)
         self._finalizer.atexit = False  # what is open then is closed as it should be
         self._socket.connect(endpoint)
@@ -212,8 +211,7 @@ class ClientLink:
                     self._waiting -= 1
                     self._nobody_waits.notify_all()
                     if not self._closed:
-                        with contextlib.suppress(BlockingIOError):
-                            os.read(self._wake_r, 4096)
+                        self._pipe.drain()
 
     def _wait(self, seconds: float) -> None:
         poll = select.poll()
@@ -223,8 +221,7 @@ class ClientLink:
 
     def _wake(self) -> None:
         if self._waiting:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake_w, b"x")
+            self._pipe.ring()
 
     def _look(self) -> str | None:
         """Takes what came; returns why the server is known to be gone. What it sent before is in the inbox then."""
@@ -309,16 +306,15 @@ class ClientLink:
         self._context.term()
 
 
-def _give_back(pid: int, context: zmq.Context, socket: zmq.Socket, monitor: zmq.Socket, pipe: tuple[int, int]) -> None:
+def _give_back(pid: int, context: zmq.Context, socket: zmq.Socket, monitor: zmq.Socket, pipe: WakePipe) -> None:
     """Ends a connection whose link is no more."""
     if os.getpid() == pid:
         _close_sockets(socket, monitor, pipe, 0)
         context.term()
 
 
-def _close_sockets(socket: zmq.Socket, monitor: zmq.Socket, pipe: tuple[int, int], linger_ms: int) -> None:
+def _close_sockets(socket: zmq.Socket, monitor: zmq.Socket, pipe: WakePipe, linger_ms: int) -> None:
     socket.disable_monitor()
     monitor.close(0)
     socket.close(linger_ms)
-    for descriptor in pipe:
-        os.close(descriptor)
+    pipe.close()
