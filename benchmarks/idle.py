@@ -7,7 +7,6 @@ The round trip after an idle time wakes both ends, one after the other.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import platform
 import time
@@ -27,6 +26,7 @@ from .report import Samples, figure
 from .rpc import RpcPeer
 from .setting import Setting, median, random_tensor
 from .usage import cpu_ns
+from .words import Words, shared_page
 
 #: Seconds of idling -> how often.
 IDLES = {0.05: 20, 0.3: 7, 1.0: 3, 10.0: 1}
@@ -46,15 +46,6 @@ class Stamp:
 
     def taken(self) -> int:
         return self._word.value
-
-
-def shared_page(path: str) -> mmap.mmap:
-    """One page that every process which names the file has."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    os.ftruncate(fd, mmap.PAGESIZE)
-    page = mmap.mmap(fd, mmap.PAGESIZE)
-    os.close(fd)
-    return page
 
 
 class Stamped(Peer):
@@ -127,23 +118,6 @@ class IdleRpc(Stamped, RpcPeer):
         time.sleep(seconds)
 
 
-class Words:
-    """Two words in a shared file: a question and its answer. The first can be slept on."""
-
-    SYS_FUTEX: ClassVar[dict[str, int]] = {"x86_64": 202, "aarch64": 98}
-    WAIT, WAKE = 0, 1
-
-    def __init__(self, path: str) -> None:
-        self._map = shared_page(path)
-        self.question = ctypes.c_uint32.from_buffer(self._map, 0)
-        self.answer = ctypes.c_uint32.from_buffer(self._map, 1024)
-        self._call = ctypes.CDLL(None).syscall
-
-    def futex(self, operation: int, value: int) -> None:
-        number = self.SYS_FUTEX[platform.machine()]
-        self._call(number, ctypes.byref(self.question), operation, value, None, None, 0)
-
-
 class BareFutex(Stamped):
     """One process sleeps in the kernel, the other wakes it: what any blocking wait costs on this machine."""
 
@@ -164,7 +138,7 @@ class BareFutex(Stamped):
         ready()
         while seen != BareFutex.END:
             while words.question.value == seen:
-                words.futex(Words.WAIT, seen)
+                words.sleep(words.question, seen)
             stamp.take()
             seen = words.question.value
             words.answer.value = seen
@@ -176,7 +150,7 @@ class BareFutex(Stamped):
     def ask(self, number: int) -> None:
         words = self._words
         words.question.value = number
-        words.futex(Words.WAKE, 1)
+        words.wake(words.question)
         while words.answer.value != number:
             pass
 

@@ -4,7 +4,8 @@
     python -m benchmarks.overhead --ms 2 --threads 2 --rounds 40 --out overhead.json
 
 One server and one client. The client waits in two ways in turn, A B A B: it predicts when the reply comes from those
-before, or it does not. A call's overhead is what the client saw it take less what the server says it computed.
+before, or it does not. A call's overhead is what the client saw it take less what the server says it computed. Beside
+them the barest calls there can be, two words of shared memory around the same work: what this machine takes at least.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads, here 
 import argparse
 import contextlib
 import json
-import queue
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,57 +35,23 @@ import tsqp
 from tsqp._channel import Forecast
 
 from . import machine
+from .bare import Bare, bare
 from .clients import Worker
 from .quiet import QUIET, Others, wait_for_quiet
 from .report import Samples, figure
 from .rpc import HIDDEN, compute_nothing, stub_model
 from .setting import median, no_garbage_collection
+from .work import Work
 
 PATIENCE_S = 60.0
-SIZE = 512
 MODULE = "model.layers.0.self_attn.q_proj"
 #: What the runner does between two calls, as a split model's norms do.
 PAUSE_US = 60.0
 #: Calls of a turn that are not counted: the way of waiting has just changed.
 WARMUP = 4
 WAYS = {False: "plain", True: "predicting"}
-
-
-class Work:
-    """A product of matrices that takes as long as was asked for. Its matrices stay in the cache: what neighbours do
-    to the memory is not what is measured."""
-
-    def __init__(self) -> None:
-        self._a, self._b = torch.randn(64 * SIZE, SIZE), torch.randn(SIZE, SIZE)
-        self._rows = 1
-        self.order: tuple[int, float] | None = None
-        self.alone_s: queue.Queue[float] = queue.Queue()
-
-    def __call__(self) -> None:
-        """In the server's thread: torch's number of threads belongs to the thread that asks."""
-        if self.order is not None:
-            order, self.order = self.order, None
-            self.alone_s.put(self._fit(*order))
-        self._compute()
-
-    def _compute(self) -> None:
-        torch.matmul(self._a[: self._rows], self._b)
-
-    def _fit(self, threads: int, seconds: float) -> float:
-        """Finds how many rows take `seconds` by `threads` threads; returns what they take."""
-        torch.set_num_threads(threads)
-        self._rows = SIZE // 4
-        for _ in range(6):
-            self._rows = max(1, min(len(self._a), int(self._rows * seconds / self._typical())))
-        return self._typical()
-
-    def _typical(self) -> float:
-        took = []
-        for _ in range(20):
-            begin = time.perf_counter()
-            self._compute()
-            took.append(time.perf_counter() - begin)
-        return median(took)
+#: The barest calls there can be, whose asker looks at its word without pause, or sleeps.
+FLOORS = {False: "bare, looking", True: "bare, sleeping"}
 
 
 def serve(wire: Connection, endpoint: str) -> None:
@@ -137,14 +104,15 @@ def pause() -> None:
         pass
 
 
-def turn(client: tsqp.GPUClient, h: torch.Tensor, count: int, way: Way) -> None:
-    """`count` calls, added to `way`."""
-    times = client.telemetry.row("gpu_linear")  # calls, ns of round trips, of compute, of waiting at the server
+Call = Callable[[], tuple[int, int]]
+
+
+def turn(call: Call, count: int, way: Way) -> None:
+    """`count` calls, added to `way`; `call` says what it took and what its computing took, in ns."""
     for number in range(WARMUP + count):
-        before, cpu = tuple(times), time.process_time_ns()
-        client.linear(MODULE, h)
+        cpu = time.process_time_ns()
+        spent, compute = call()
         cpu = time.process_time_ns() - cpu
-        _, spent, compute, _ = (now - then for now, then in zip(times, before, strict=True))
         pause()
         if number >= WARMUP:
             way.overhead.ns.append(spent - compute)
@@ -153,20 +121,40 @@ def turn(client: tsqp.GPUClient, h: torch.Tensor, count: int, way: Way) -> None:
             way.calls += 1
 
 
-def measure(client: tsqp.GPUClient, pids: Sequence[int], options: argparse.Namespace, count: int) -> dict[str, Any]:
-    """Rounds of both ways in turn, each first in every second one. Those in which others took more of the machine than
-    :data:`~benchmarks.quiet.QUIET` are left out, but never more than half."""
+def asking(client: tsqp.GPUClient, h: torch.Tensor) -> Call:
+    """A call of the server's module."""
+    times = client.telemetry.row("gpu_linear")  # calls, ns of round trips, of compute, of waiting at the server
+
+    def call() -> tuple[int, int]:
+        before = tuple(times)
+        client.linear(MODULE, h)
+        _, spent, compute, _ = (now - then for now, then in zip(times, before, strict=True))
+        return spent, compute
+
+    return call
+
+
+def measure(
+    client: tsqp.GPUClient, floor: Bare | None, pids: Sequence[int], options: argparse.Namespace, count: int
+) -> dict[str, Any]:
+    """Rounds of both ways in turn, each first in every second one, and of the bare ones. Those in which others took
+    more of the machine than :data:`~benchmarks.quiet.QUIET` are left out, but never more than half."""
     rounds = []
     h = torch.randn(1, 1, HIDDEN)
-    site = client._requests.linear(MODULE, h).site
+    site, call = client._requests.linear(MODULE, h).site, asking(client, h)
     forecast = Forecast()
+    names = [*WAYS.values(), *(FLOORS.values() if floor is not None else ())]
     with no_garbage_collection():
         for number in range(options.rounds):
             wait_for_quiet(options.patience)
-            others, ways = Others(pids), {name: Way() for name in WAYS.values()}
+            others, ways = Others(pids), {name: Way() for name in names}
             for predicts in (False, True) if number % 2 == 0 else (True, False):
                 site.forecast = forecast if predicts else None
-                turn(client, h, count, ways[WAYS[predicts]])
+                turn(call, count, ways[WAYS[predicts]])
+            if floor is not None:
+                with floor.awake():
+                    for sleeps, name in FLOORS.items():
+                        turn(partial(floor.call, sleeps), count, ways[name])
             rounds.append((others.share(), ways))
     limit = max(QUIET, median([share for share, _ in rounds]))
     kept = [(share, ways) for share, ways in rounds if share <= limit]
@@ -176,7 +164,7 @@ def measure(client: tsqp.GPUClient, pids: Sequence[int], options: argparse.Names
         "compute_ratio": median(
             [ways["predicting"].compute.median_us / ways["plain"].compute.median_us for _, ways in kept]
         ),
-        **{name: sum((ways[name] for _, ways in kept), Way()).as_json() for name in WAYS.values()},
+        **{name: sum((ways[name] for _, ways in kept), Way()).as_json() for name in names},
     }
 
 
@@ -195,7 +183,8 @@ def connected() -> Iterator[tuple[Worker, tsqp.GPUClient]]:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     cells = []
-    with connected() as (server, client):
+    with connected() as (server, client), bare() as floor:
+        pids = [os.getpid(), server.pid, *([] if floor is None else [floor.pid])]
         for threads in options.threads:
             for ms in options.ms:
                 wait_for_quiet(options.patience)
@@ -203,8 +192,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 server.hear()
                 client.linear(MODULE, torch.randn(1, 1, HIDDEN))
                 alone = server.hear()
+                if floor is not None:
+                    floor.fit(threads, ms / 1000)
                 count = max(2, int(options.seconds * 1000 / ms))
-                found = measure(client, (os.getpid(), server.pid), options, count)
+                found = measure(client, floor, pids, options, count)
                 cells.append({"threads": threads, "ms": ms, "alone_ms": round(alone * 1000, 4), **found})
     return cells
 
@@ -216,15 +207,16 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
     )
     shown = Table(title=title, title_justify="left")
     names = list(WAYS.values())
+    floors = [name for name in FLOORS.values() if cells and name in cells[0]]
     parts = [f"{part}, {name}" for part in ("overhead", "CPU") for name in names]
-    for column in ("threads", "compute", *parts[:2], "compute ratio", *parts[2:], "others"):
+    for column in ("threads", "compute", *parts[:2], *floors, "compute ratio", *parts[2:], "others"):
         shown.add_column(column, justify="right")
     for cell in cells:
         ways = [cell[name] for name in names]
         shown.add_row(
             str(cell["threads"]),
             f"{cell['ms']:g} ms",
-            *(figure(way["overhead"]["median_us"]) for way in ways),
+            *(figure(cell[name]["overhead"]["median_us"]) for name in names + floors),
             f"{cell['compute_ratio']:.3f}",
             *(f"{100 * cpu_share(way):.1f} %" for way in ways),
             f"{100 * cell['others']:.0f} %",

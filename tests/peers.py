@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import multiprocessing.forkserver
+import contextlib
 import os
 import signal
 import time
@@ -74,8 +75,9 @@ class Peer:
         os.kill(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """SIGKILL, and waits until it is gone."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL, and waits until it is gone. It may have ended just now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
         self.process.join(PATIENCE_S)
 
     def stop(self) -> None:

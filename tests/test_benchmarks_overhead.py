@@ -31,7 +31,7 @@ def test_both_ways_of_waiting_are_measured_and_kept(tmp_path):
         assert 1 <= cell["rounds"] <= 2
         assert cell["compute_ratio"] > 0
         assert isinstance(cell["others"], float)
-        for way in ("plain", "predicting"):
+        for way in ("plain", "predicting", "bare, looking", "bare, sleeping"):
             found = cell[way]
             assert 0 < found["overhead"]["median_us"] <= found["overhead"]["max_us"]
             assert found["compute"]["median_us"] > 0
