@@ -6,10 +6,10 @@ other what they did over a pipe: ``Peer.say``/``Peer.hear`` here, ``wire.send``/
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.forkserver
-import contextlib
 import os
 import signal
 import time
