@@ -202,8 +202,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(cells: Sequence[dict[str, Any]]) -> Table:
     title = (
-        "Beside the server's compute, median µs a call; compute, predicting over plain; CPU of the runner, share of a "
-        "core; what other processes took of one"
+        "Beside the server's compute, median µs a call, and of a bare call (its compute over plain's); compute, "
+        "predicting over plain; CPU of the runner, share of a core; what other processes took of one"
     )
     shown = Table(title=title, title_justify="left")
     names = list(WAYS.values())
@@ -216,12 +216,19 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(
             str(cell["threads"]),
             f"{cell['ms']:g} ms",
-            *(figure(cell[name]["overhead"]["median_us"]) for name in names + floors),
+            *(figure(way["overhead"]["median_us"]) for way in ways),
+            *(floor_text(cell, name) for name in floors),
             f"{cell['compute_ratio']:.3f}",
             *(f"{100 * cpu_share(way):.1f} %" for way in ways),
             f"{100 * cell['others']:.0f} %",
         )
     return shown
+
+
+def floor_text(cell: dict[str, Any], name: str) -> str:
+    """A floor, and how long the work took there: whoever looks without pause may have taken a core from it."""
+    ratio = cell[name]["compute"]["median_us"] / cell["plain"]["compute"]["median_us"]
+    return f"{figure(cell[name]['overhead']['median_us'])} (x{ratio:.2f})"
 
 
 def cpu_share(way: dict[str, Any]) -> float:

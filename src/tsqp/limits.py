@@ -39,7 +39,7 @@ class Limits:
     unread_bytes: int = 4 << 30
     unread_messages: int = 1024
     graphs: int = 256
-    refused: int = 256
+    refused: int = 128
     handshakes: int = MAX_HANDSHAKES
 
     def __post_init__(self) -> None:
