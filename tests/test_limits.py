@@ -258,7 +258,7 @@ def end_all(connections: Connections, process: int, count: int, **after: bytes) 
         connections._open[fd] = Connection(fd, 0, ("process", process), 10.0)
         if "client" in after:
             connections.spoke(fd, after["client"], "", 10.0)
-            connections.keep(fd)
+            connections.keep(fd, after["client"])
         if "cut_off" in after:
             connections.end_at(fd, after["cut_off"], 10.0, in_vain=True)
         connections.ended(fd)
@@ -313,7 +313,7 @@ def test_of_too_many_connections_the_oldest_of_whoever_has_most_are_ended(monkey
     monkeypatch.setattr("tsqp.connections.MAX_STRANGERS", 3)
     connections.look(1.0)
     assert sorted(connections._open) == [0, 2, 4]  # c's was to go; 1 and 3 are a's older ones that are silent
-    connections.keep(0)
+    connections.keep(0, b"first")
     connections.look(11.0)
     assert sorted(connections._open) == [0]
 

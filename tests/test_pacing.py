@@ -155,19 +155,3 @@ def test_the_hello_of_a_connection_that_has_ended_makes_no_client(listener, endp
             assert_works(*both)
             assert len(listener._hub.clients) == 1
             assert 1 <= len(made) <= 1 + stays  # of those that had the descriptor the last may be there still
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "later"),
-    [
-        ("0000000005", "0000000004", True),
-        ("0000000004", "0000000005", False),
-        ("0000000004", "0000000004", False),
-        ("0000000001", "00ffffffff", True),  # the number came round
-        ("00ffffffff", "0000000001", False),
-        ("0100000005", "0000000004", False),  # chosen, so it tells nothing
-        ("00000005", "00000004", False),
-    ],
-)
-def test_which_of_two_connections_is_later(one, other, later):
-    assert door._is_later(bytes.fromhex(one), bytes.fromhex(other)) is later

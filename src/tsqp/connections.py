@@ -104,11 +104,11 @@ class Connections:
             found.peer = ("key", key)
         return found.peer
 
-    def keep(self, fd: int) -> None:
+    def keep(self, fd: int, identity: bytes) -> None:
         """The connection is a client's."""
         found = self._open.get(fd)
         if found is not None:
-            found.deadline, found.in_vain = None, False
+            found.deadline, found.in_vain, found.identity = None, False, identity
 
     def end_at(self, fd: int, identity: bytes, deadline: float, in_vain: bool = False) -> None:
         """The connection is to go; at ``deadline`` it is ended if it is still there. ``in_vain``: for its own fault.

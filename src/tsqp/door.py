@@ -38,8 +38,6 @@ _HELLO_LOOK_MS = 50
 GONE = "its end of the control connection was closed"
 #: How many messages are taken before events and the outbox are looked at again, however busy one client is.
 AT_ONCE = 64
-#: Bytes of an identity that libzmq gave.
-_NUMBERED = 5
 
 
 @dataclass(frozen=True)
@@ -121,14 +119,14 @@ class Door:
         taken = sum(client.channel is not None or client.segment is not None for client in self._hub.clients.values())
         return taken >= self._options.max_clients
 
-    def late(self, identity: bytes, fd: int) -> bool:
-        """Whether this hello came over an earlier connection than another hello with the same descriptor: of those that
-        had one in turn only the last can be there still."""
-        for other in [hello for hello in self.hellos.values() if hello.fd == fd]:
-            if _is_later(other.identity, identity):
-                return True
-            del self.hellos[other.identity]
-        return False
+    def is_live(self, identity: bytes, fd: int) -> bool:
+        """False for a hello that came over an earlier connection than another one with the same descriptor. Whoever
+        there is of them is asked; what has ended is forgotten, and whose the descriptor is now does not pay for it."""
+        others = [hello.identity for hello in self.hellos.values() if hello.fd == fd]
+        for other in others:
+            if not self._hub.say(other, hs.PROBE):
+                del self.hellos[other]
+        return not others or self._hub.say(identity, hs.PROBE)
 
     def answer(self) -> None:
         """A client that left before another came has said so, but libzmq may hand out the hello first. So a hello is
@@ -199,9 +197,9 @@ class Door:
         client.began = time.monotonic()
         self._hub.clients[hello.identity] = client
         if not self._hub.say(hello.identity, hs.WELCOME, welcome):
-            self._hub.drop(hello.identity, GONE)  # its end may have been reported before its hello was taken
+            self._hub.drop(hello.identity, GONE)  # while its segment was made
         elif client.segment is not None:
-            self._hub.connections.keep(hello.fd)
+            self._hub.connections.keep(hello.fd, hello.identity)
 
     def _refuse(self, hello: Hello, why: str) -> None:
         self._hub.bid_farewell(hello.identity, hello.fd, hs.REFUSE, why, LEAVE_S)
@@ -235,11 +233,3 @@ class Door:
         if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return "too many connections came from there in a short time; try again in some seconds"
         return None
-
-
-def _is_later(identity: bytes, other: bytes) -> bool:
-    """libzmq numbers connections that choose no identity of their own: a zero byte, and 32 bits that go up by one."""
-    if not (len(identity) == len(other) == _NUMBERED and identity[0] == other[0] == 0):
-        return False
-    ahead = (int.from_bytes(identity[1:], "big") - int.from_bytes(other[1:], "big")) % (1 << 32)
-    return 0 < ahead < 1 << 31

@@ -6,8 +6,10 @@ poll loop, and asks again when a client says hello; a client whose key is remove
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import secrets
 import time
 from collections.abc import Container
 
@@ -30,6 +32,13 @@ _MANY = 64
 #: Whoever is refused can come again at once, and must not fill a log.
 _LOG_EVERY_S = 1.0
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+
+def seed_identities() -> None:
+    """To be called before a ROUTER is made: it numbers its peers from C's ``rand()`` on, which starts the same in every
+    process. A peer that foresees a number can choose it as its own identity, and libzmq aborts the process when the
+    number's turn comes (an assertion in ``routing_socket_base_t::add_out_pipe``)."""
+    ctypes.CDLL(None).srand(secrets.randbits(32))
 
 
 class DoorLock:

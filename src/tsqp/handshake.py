@@ -3,6 +3,7 @@
 A ZeroMQ message is ``[kind + sequence][...]``. The handshake is HELLO (client), WELCOME or REFUSE (server),
 READY (client); its bodies are small msgpack maps. Every field is checked for type and range on receipt. Before READY
 the client may send a few PROBEs, bytes that the server acknowledges with an empty PROBE: it measures the connection.
+An empty PROBE before the WELCOME means nothing: the server learns from libzmq whether the connection is there still.
 A BYE of the server may have the body of a REFUSE: why.
 """
 

@@ -28,7 +28,7 @@ from .config import Endpoint
 from .connections import Connections
 from .descriptors import Reserve
 from .door import AT_ONCE, GONE, LEAVE_S, Client, Door, HubOptions
-from .door_lock import DoorLock, key_of
+from .door_lock import DoorLock, key_of, seed_identities
 from .errors import ProtocolError
 from .fixed_segment import FixedSegment
 from .frames import received
@@ -85,6 +85,7 @@ class Hub:
         self.reserve = Reserve(self._pipe.fd)
         self._pace = Pace(self._pipe.fd)
         self._context = zmq.Context(io_threads=1)
+        seed_identities()
         self._router = self._context.socket(zmq.ROUTER)
         self._monitor: Any = None
         self._lock: DoorLock | None = None
@@ -245,7 +246,7 @@ class Hub:
         if kind == hs.HELLO and client is None and identity not in self._hellos and len(parts) == 3:
             # Ends of older connections that used this descriptor were reported before this message came.
             self._take_events()
-            if not self.connections.heeded(fd) or self._door.late(identity, fd):
+            if not self.connections.heeded(fd) or not self._door.is_live(identity, fd):
                 return  # it has ended meanwhile
             assert self._lock is not None
             refusal = self._lock.refusal(identity, parts[1])
@@ -263,8 +264,7 @@ class Hub:
             self._ready(client, parts[2].bytes)
         elif kind == hs.PROBE and client.channel is None and client.probes < MAX_PROBES and len(parts) == 3:
             client.probes += 1
-            with contextlib.suppress(zmq.ZMQError):  # gone already, or not reading
-                self._router.send_multipart([identity, hs.envelope(hs.PROBE), b""], flags=zmq.NOBLOCK)
+            self.say(identity, hs.PROBE)
         elif kind == hs.MESSAGE and client.link is not None and len(parts) >= 3:
             fault = client.link.deliver((sequence, parts[2], parts[3:]))
             if fault:
@@ -277,8 +277,9 @@ class Hub:
 
     def say(self, identity: bytes, kind: int, *body: hs.Welcome | hs.Refuse) -> bool:
         """False: its connection has ended. One that does not read is told nothing, and times out."""
+        bodies = [hs.pack(each) for each in body] or [b""]
         try:
-            self._router.send_multipart([identity, hs.envelope(kind), *map(hs.pack, body)], flags=zmq.NOBLOCK)
+            self._router.send_multipart([identity, hs.envelope(kind), *bodies], flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
             return error.errno != errno.EHOSTUNREACH
         return True
@@ -287,7 +288,7 @@ class Hub:
         ready = hs.unpack(hs.Ready, data)
         if client.segment is None and self._door.full():
             raise ProtocolError(self._door.full_text)
-        self.connections.keep(client.fd)
+        self.connections.keep(client.fd, client.identity)
         segment = client.segment if ready.shm else None
         if segment is not None and ready.native:
             segment.unlink()  # both ends have it mapped: from now on a kill leaves nothing behind
@@ -295,14 +296,14 @@ class Hub:
             self.fixed.release(client.segment)  # an enclave that starts now finds a segment of its own
         if not client.futex:
             self._bell.set_futex(False)
-        options = self.options
+        options, number = self.options, next(self._numbers)
         link = ServerLink(client.identity, self._post, options.max_inbox_bytes, options.max_inbox_messages)
         channel = make_channel(
             link,
             segment,
             server=True,
             scheme=self._scheme,
-            peer=f"client {client.identity.hex()[-8:]} of {self.endpoint}",
+            peer=f"client {number} of {self.endpoint}",
             threshold=options.threshold,
             large=options.large,
             wait=options.wait,
@@ -312,7 +313,7 @@ class Hub:
         )
         link.on_event = self._bell.ring
         channel.on_close = self._closed_channel
-        channel.number = next(self._numbers)
+        channel.number = number
         client.link, client.channel, client.segment = link, channel, segment
         self.channels.append(channel)
         self.accepted.append(channel)

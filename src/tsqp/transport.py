@@ -157,6 +157,8 @@ def _shake_hands(link: ClientLink, endpoint: str, shm: bool, timeout: float | No
     if trouble is None:
         link.say(hs.HELLO, hs.pack(hs.Hello(hs.PROTOCOL, shm, futex)))
         answer = link.hear(deadline)
+        while answer is not None and answer[0] == hs.PROBE:  # the server asks whether there is still somebody
+            answer = link.hear(deadline)
     if answer is None:
         advice = trouble or "start one (tsqp serve) or correct the endpoint"
         raise ConnectError(f"no tsqp server answered at {endpoint} within {timeout} s; {advice}")
