@@ -272,6 +272,7 @@ def test_connections_in_vain_are_counted(monkeypatch):
     assert end_all(connections, 1, 30) == 10
     assert end_all(connections, 2, 30, client=b"x") == 30  # clients that went
     assert end_all(connections, 3, 30, client=b"x", cut_off=b"x") == 10  # clients that were cut off
+    assert end_all(Connections(rationed=False), 1, 30) == 30
 
 
 def test_events_are_looked_at_ahead():

@@ -8,6 +8,7 @@ by its socket's inode, looked at through a duplicate that can't change hands any
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -60,11 +61,15 @@ class Connection:
 
 
 class Connections:
-    """All of a listener's connections by descriptor; one thread's."""
+    """All of a listener's connections by descriptor; one thread's.
 
-    def __init__(self) -> None:
+    ``rationed``: those of one process that come to nothing are. Not where clients have keys: who has none gets no
+    further than libzmq then, and whose connection is ended in its handshake would take the server for another one.
+    """
+
+    def __init__(self, rationed: bool = True) -> None:
         self._open: dict[int, Connection] = {}
-        self._in_vain = Rations(IN_VAIN, IN_VAIN_PER_S)
+        self._in_vain = Rations(IN_VAIN if rationed else math.inf, IN_VAIN_PER_S)
 
     def __len__(self) -> int:
         return len(self._open)

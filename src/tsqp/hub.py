@@ -73,7 +73,7 @@ class Hub:
         self.outcasts: deque[weakref.ref[Channel]] = deque()
         self.failure: BaseException | None = None  # what ended the I/O thread
         self.clients: dict[bytes, Client] = {}
-        self.connections = Connections()
+        self.connections = Connections(rationed=options.keys is None)
         self._door = Door(self)
         self._hellos = self._door.hellos
         self.owner: object = None  # lives as long as the thread, so that a listener nobody holds is closed at exit
