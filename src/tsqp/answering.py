@@ -320,11 +320,12 @@ class Answering:
         session.refused += 1
         self.errors += 1
         last = session.refused >= session.limits.refused
-        ending = f"; this connection ends: {session.refused} of its requests in a row were refused" if last else ""
+        why = f"{session.refused} of its requests in a row were refused"
+        ending = f"; this connection ends: {why}" if last else ""
         meta = {"error": text[: MAX_ERROR_CHARS - len(ending)] + ending}
         session.channel.send((), meta=meta, status=int(status), **_in_reply_to(msg))
         if last:
-            raise ClosedError(f"{session.refused} of its requests in a row were refused")
+            raise ClosedError(why)
 
     # --- ends ----------------------------------------------------------------------------------------------
 

@@ -94,9 +94,7 @@ class Connections:
         """libzmq has reported the connection's end."""
         found = self._open.pop(fd, None)
         if found is not None and found.in_vain and found.peer[0] == "process":
-            now = time.monotonic()
-            if self._in_vain.left(found.peer, now) >= 1.0:
-                self._in_vain.take(found.peer, 1.0, now)
+            self._in_vain.afford(found.peer, 1.0, time.monotonic())  # no more on its account than it may
 
     def spoke(self, fd: int, identity: bytes, key: str, deadline: float) -> Peer:
         """The connection has said what it is, and has an answer by ``deadline``; ``key`` is who it was authenticated

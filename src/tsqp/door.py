@@ -152,10 +152,7 @@ class Door:
         """Whether the client could be let in now. A handshake that took too long goes for it."""
         if self._wants_segment(hello) and not self._admission.may_spend(hello.peer, now):
             return False
-        if self.full():
-            self._end_one(self.under_way(), hello.peer, now)
-        else:
-            self._end_one(self._rivals(hello), hello.peer, now)
+        self._end_one(self.under_way() if self.full() else self._rivals(hello), hello.peer, now)
         return not self._rivals(hello) and not self.full()
 
     def _wants_segment(self, hello: Hello) -> bool:

@@ -326,6 +326,7 @@ class Hub:
             self.accepted.remove(channel)
 
     def drop(self, identity: bytes, reason: str | None) -> None:
+        """Forgets a client, or its hello; its channel's user is told ``reason``, or None: of a goodbye."""
         self._hellos.pop(identity, None)
         client = self.clients.get(identity)
         if client is None:

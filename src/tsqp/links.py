@@ -23,7 +23,7 @@ from . import handshake as hs
 from .binding import check_permission
 from .curve import ClientKeys
 from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
-from .frames import SLICE_S, multipart, slice_until, trackers, wait_sent
+from .frames import SLICE_S, multipart, received, slice_until, trackers, wait_sent
 from .greeting import EVENTS, Greeting
 from .monitor import next_event
 from .wake_pipe import WakePipe
@@ -74,10 +74,6 @@ def check_process(pid: int) -> None:
     """Sockets belong to the process that made them: in a forked child even looking at one may hang."""
     if os.getpid() != pid:
         raise RingUsageError("this channel was inherited by fork; connect anew in the child")
-
-
-def _has_message(sock: zmq.Socket) -> bool:
-    return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def cost(message: LargeMessage) -> int:
@@ -239,8 +235,7 @@ class ClientLink:
     def _pump(self) -> None:
         """Takes what libzmq has received, until that is too much: then libzmq takes no more either, and the server
         has to wait. Never blocks."""
-        while not self._said_bye and self._has_room() and _has_message(self._socket):
-            parts = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+        while not self._said_bye and self._has_room() and (parts := received(self._socket)) is not None:
             self._wake()
             kind, sequence = hs.open_envelope(parts[0].buffer)
             if kind == hs.BYE:
@@ -269,10 +264,7 @@ class ClientLink:
         """Why the server is known to be gone, or None. Cheap enough for every slice of a wait."""
         check_process(self._pid)
         with self._lock:
-            while self._reason is None and not self._closed and _has_message(self._monitor):
-                found = next_event(self._monitor)
-                if found is None:
-                    break
+            while self._reason is None and not self._closed and (found := next_event(self._monitor)) is not None:
                 if not self._connected:  # a connection that ends before it is one: libzmq tries again
                     self._connected = self._greeting.hear(*found)
                 elif found[0] == zmq.EVENT_DISCONNECTED:

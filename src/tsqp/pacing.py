@@ -33,10 +33,7 @@ class Pace:
         self.stranger = self.client = False
         if not alone:
             return
-        now = time.monotonic()
-        if self._rations.left(None, now) >= 1.0:
-            self._rations.take(None, 1.0, now)
-        else:
+        if not self._rations.afford(None, 1.0, time.monotonic()):
             self._called.poll(1000 / WAKES_PER_S)
 
 

@@ -23,6 +23,13 @@ class Rations:
         """How much ``who`` may take now; negative where it took too much."""
         return self._at_once - self._taken_by(who, now)
 
+    def afford(self, who: Hashable, amount: float, now: float) -> bool:
+        """Takes so much if ``who`` may take it, and says whether it did."""
+        may = self.left(who, now) >= amount
+        if may:
+            self.take(who, amount, now)
+        return may
+
     def _taken_by(self, who: Hashable, now: float) -> float:
         taken, since = self._taken.get(who, (0.0, now))
         return max(0.0, taken - self._per_s * (now - since))
