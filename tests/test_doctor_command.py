@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from doctoring import check
 from tsqp import doctor_echo
 from tsqp.doctor import CHECKS
 from tsqp.doctor_machine import NOTE, OK, PROBLEM, Machine
+from tsqp.exits import termination_raises
 from tsqp.segments import leftovers, reap
 
 # --- the echo
@@ -85,6 +87,25 @@ def test_a_doctor_that_is_told_to_leave_leaves_nothing(shm_directory: Path, endp
     assert "Traceback" not in outcome.err
     assert processes_naming(f"{place}/tsqp-doctor-") == []
     assert list(place.iterdir()) == []
+    assert list(shm_directory.iterdir()) == []
+
+
+def test_a_signal_while_the_other_end_starts_loses_nobody(
+    shm_directory: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when the process is there already, and nobody has been told of it yet."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(doctor_echo.subprocess, "Popen", Interrupted)
+    with pytest.raises(SystemExit), termination_raises():
+        doctor_echo.echo(Machine())
+    assert [process.returncode is not None for process in started] == [True]
     assert list(shm_directory.iterdir()) == []
 
 

@@ -23,6 +23,7 @@ from .config import without_keys
 from .doctor_machine import NOTE, OK, PROBLEM, Finding, Machine
 from .doctor_software import short_directory
 from .errors import ClosedError, ConnectError, PeerDiedError, TsqpError, WaitTimeoutError
+from .exits import signals_deferred
 from .listener import Listener
 from .transport import connect
 
@@ -96,16 +97,18 @@ def _measure(trip: Callable[[torch.Tensor], torch.Tensor], nbytes: int) -> dict[
 def _with_child(listener: Listener) -> dict[str, dict[str, float]]:
     command = [sys.executable, "-m", "tsqp.doctor_echo", listener.endpoint]
     with tempfile.TemporaryFile() as said:
-        with without_keys():
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
+        child: subprocess.Popen[bytes] | None = None
         try:
+            with signals_deferred(), without_keys():
+                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
             with _accept(listener, child, said) as channel:
                 return {size: _measure(lambda data: _trip(channel, data), nbytes) for size, nbytes in SIZES.items()}
         finally:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_END_S)  # it leaves with the connection
-            child.kill()
-            child.wait()
+            if child is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_END_S)  # it leaves with the connection
+                child.kill()
+                child.wait()
 
 
 def _accept(listener: Listener, child: subprocess.Popen[bytes], said: IO[bytes]) -> Channel:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..config import without_keys
 from ..errors import ConnectError, TsqpError, WaitTimeoutError
+from ..exits import signals_deferred
 
 if TYPE_CHECKING:
     from ..client import GPUClient
@@ -48,7 +45,7 @@ class ServerProcess:
         parent = tempfile.gettempdir()
         short = len(os.fsencode(parent)) <= _MAX_DIRECTORY_BYTES
         try:
-            with _signals_deferred():
+            with signals_deferred():
                 self._directory = tempfile.mkdtemp(prefix="tsqp-demo-", dir=parent if short else "/tmp")
                 self.endpoint = f"ipc://{self._directory}/server.sock"
                 self._process = self._start()
@@ -108,7 +105,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Stops the process (SIGTERM, then SIGKILL) and removes its directory; may be called again."""
-        with _signals_deferred():  # bounded by the time-out below
+        with signals_deferred():  # bounded by the time-out below
             process, self._process = self._process, None
             directory, self._directory = self._directory, ""
             if process is not None and process.poll() is None:
@@ -120,26 +117,3 @@ class ServerProcess:
                     process.wait()
             if directory:
                 shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Signals that would raise inside the block are delivered at its end.
-
-    An exception in the middle of ``Popen()`` would lose the process that it has just started.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: pending.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for missed in pending:
-            signal.raise_signal(missed)
