@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from tsqp.cpu_latency import cores_awake
+from tsqp.errors import ConfigError
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence; the options are in ``--help``."""
@@ -22,3 +25,12 @@ def plain_parser(name: str, doc: str | None, prog: str | None) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def check_awake(parser: argparse.ArgumentParser, us: int | None) -> None:
+    """Refuses a limit on waking that can't be had here."""
+    try:
+        with cores_awake(us):
+            pass
+    except ConfigError as error:
+        parser.error(f"--cpu-latency-us: {error}")

@@ -37,10 +37,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tsqp.cpu_latency import cores_awake
 from tsqp.linear_backends import BACKENDS
 from tsqp.placement import PLACEMENTS
 
 from . import bars, baselines, command, inference_growth, inference_plots, inference_report, machine
+from .arguments import check_awake
 from .inference_ends import running
 from .inference_limits import Peaks, work
 from .inference_measure import Job, contestants, run
@@ -70,6 +72,12 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None = None) -> argp
     add("--rounds", type=_positive, default=5, help="of stock and split in turn (5)")
     add("--decode", type=_positive, default=8, metavar="N", help="decode steps a round (8)")
     add("--device", default="cpu", help="the server's and stock's: cpu or cuda:0")
+    add(
+        "--cpu-latency-us",
+        type=int,
+        metavar="N",
+        help="keep cores from idle states that take longer to leave: all ends",
+    )
     add("--growth", action="store_true", help="prefill over tokens and layers, with the first dtype")
     add("--growth-tokens", nargs="+", type=_positive, default=list(inference_growth.TOKENS))
     add("--growth-layers", nargs="+", type=_positive, default=list(inference_growth.LAYERS))
@@ -83,6 +91,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None = None) -> argp
         parser.error(f"--device {options.device} needs a CUDA device, and torch sees none")
     if options.no_baselines and options.baseline and not options.quick:
         parser.error("--baseline and --no-baselines contradict each other; give one of them")
+    check_awake(parser, options.cpu_latency_us)
     options.layers = options.layers or (16 if on_cuda else 4)
     options.threads = options.threads or min(8 if on_cuda else 2, len(machine.available_cores()))
     options.dtype = options.dtype or (["bfloat16"] if on_cuda else list(DTYPES))
@@ -192,7 +201,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "options": command.told(options),
         "runs": {},
     }
-    return command.run(result, options, console, lambda: measure_all(options, setting, result), partial(draw, options))
+    with cores_awake(options.cpu_latency_us):
+        return command.run(
+            result, options, console, lambda: measure_all(options, setting, result), partial(draw, options)
+        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python -m benchmarks.overhead                          # 1, 3 and 10 ms, computed by 1 and by 2 threads
     python -m benchmarks.overhead --ms 2 --threads 2 --rounds 40 --out overhead.json
+    python -m benchmarks.overhead --cpu-latency-us 0       # and the same with cores that do not halt
 
 One server and one client. The client waits in two ways in turn, A B A B: it predicts when the reply comes from those
 before, or it does not. A call's overhead is what the client saw it take less what the server says it computed. Beside
 them the barest calls there can be, two words of shared memory around the same work: what this machine takes at least.
+With a limit of how long a core may take to wake (tsqp.CpuLatency) there are two ways more, predicting and bare.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from rich.table import Table
 
 import tsqp
 from tsqp._channel import Forecast
+from tsqp.cpu_latency import cores_awake
 
 from . import machine
+from .arguments import check_awake
 from .bare import Bare, bare
 from .clients import Worker
 from .quiet import QUIET, Others, wait_for_quiet
@@ -52,6 +56,8 @@ WARMUP = 4
 WAYS = {False: "plain", True: "predicting"}
 #: The barest calls there can be, whose asker looks at its word without pause, or sleeps.
 FLOORS = {False: "bare, looking", True: "bare, sleeping"}
+#: The same where cores wake within the limit that was asked for.
+AWAKE, FLOOR_AWAKE = "predicting, awake", "bare, sleeping, awake"
 
 
 def serve(wire: Connection, endpoint: str) -> None:
@@ -143,7 +149,8 @@ def measure(
     h = torch.randn(1, 1, HIDDEN)
     site, call = client._requests.linear(MODULE, h).site, asking(client, h)
     forecast = Forecast()
-    names = [*WAYS.values(), *(FLOORS.values() if floor is not None else ())]
+    names = named(floor is not None, options.cpu_latency_us is not None)
+    awake = partial(cores_awake, options.cpu_latency_us)
     with no_garbage_collection():
         for number in range(options.rounds):
             wait_for_quiet(options.patience)
@@ -151,10 +158,17 @@ def measure(
             for predicts in (False, True) if number % 2 == 0 else (True, False):
                 site.forecast = forecast if predicts else None
                 turn(call, count, ways[WAYS[predicts]])
+            site.forecast = forecast
+            if AWAKE in ways:
+                with awake():
+                    turn(call, count, ways[AWAKE])
             if floor is not None:
                 with floor.awake():
                     for sleeps, name in FLOORS.items():
                         turn(partial(floor.call, sleeps), count, ways[name])
+                    if FLOOR_AWAKE in ways:
+                        with awake():
+                            turn(partial(floor.call, True), count, ways[FLOOR_AWAKE])
             rounds.append((others.share(), ways))
     limit = max(QUIET, median([share for share, _ in rounds]))
     kept = [(share, ways) for share, ways in rounds if share <= limit]
@@ -166,6 +180,15 @@ def measure(
         ),
         **{name: sum((ways[name] for _, ways in kept), Way()).as_json() for name in names},
     }
+
+
+def named(floors: bool, awake: bool) -> list[str]:
+    """What is measured, in the order of the table."""
+    ways, bare_ones = list(WAYS.values()), list(FLOORS.values()) if floors else []
+    if awake:
+        ways.append(AWAKE)
+        bare_ones += [FLOOR_AWAKE] if floors else []
+    return ways + bare_ones
 
 
 @contextlib.contextmanager
@@ -206,10 +229,11 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
         "predicting over plain; CPU of the runner, share of a core; what other processes took of one"
     )
     shown = Table(title=title, title_justify="left")
-    names = list(WAYS.values())
-    floors = [name for name in FLOORS.values() if cells and name in cells[0]]
-    parts = [f"{part}, {name}" for part in ("overhead", "CPU") for name in names]
-    for column in ("threads", "compute", *parts[:2], *floors, "compute ratio", *parts[2:], "others"):
+    known = [name for name in named(floors=True, awake=True) if cells and name in cells[0]]
+    floors = [name for name in known if name.startswith("bare")]
+    names = known[: len(known) - len(floors)]
+    overheads, cpus = ([f"{part}, {name}" for name in names] for part in ("overhead", "CPU"))
+    for column in ("threads", "compute", *overheads, *floors, "compute ratio", *cpus, "others"):
         shown.add_column(column, justify="right")
     for cell in cells:
         ways = [cell[name] for name in names]
@@ -244,11 +268,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine each round")
+    parser.add_argument("--cpu-latency-us", type=int, metavar="N", help="with cores that wake in so many µs, too")
     parser.add_argument("--out", type=Path, help="where the result is kept as JSON")
     options = parser.parse_args(argv)
+    check_awake(parser, options.cpu_latency_us)
     torch.set_num_threads(1)
     cells = run(options)
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console() if sys.stdout.isatty() else Console(width=180)
     console.print(table(cells))
     if options.out is not None:
         options.out.write_text(json.dumps({"machine": machine.describe(), "cells": cells}, indent=1) + "\n")

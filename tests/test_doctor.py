@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import zmq
 from commands import environment
 from doctoring import check, machine
 
-from tsqp import _kernels, doctor_cpu, doctor_enclave, doctor_memory, doctor_software
+from tsqp import _kernels, doctor_cpu, doctor_enclave, doctor_memory, doctor_software, doctor_wake
 from tsqp.doctor import CHECKS, as_json, examine, healthy, summary
 from tsqp.doctor_machine import NOTE, OK, PROBLEM, Finding, Machine, binary
 
 MIB = 1 << 20
+IDLE = "/sys/devices/system/cpu/cpuidle/current_driver"
 
 
 # --- memory
@@ -174,6 +176,42 @@ def test_futex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check(doctor_cpu.futex(machine(tmp_path)), PROBLEM, os.strerror(38), "seccomp")
     monkeypatch.setattr("platform.machine", lambda: "s390x")
     check(doctor_cpu.futex(machine(tmp_path)), NOTE, "s390x", "polling")
+
+
+@pytest.mark.parametrize(
+    ("took", "files", "state", "words"),
+    [
+        (12.4, {}, OK, ("12 us", "none")),
+        (80.0, {}, NOTE, ("80 us", "kvm.halt_poll_ns")),
+        (80.0, {IDLE: "haltpoll\n"}, NOTE, ("haltpoll", "udev")),
+        (
+            80.0,
+            {IDLE: "intel_idle\n", "/dev/cpu_dma_latency": ""},
+            NOTE,
+            ("intel_idle", "tsqp serve --cpu-latency-us 0"),
+        ),
+    ],
+)
+def test_waking(
+    took: float,
+    files: dict[str, str],
+    state: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor_wake, "wake_us", lambda: took)
+    found = doctor_wake.waking(machine(tmp_path, files))
+    check(found, state, *words)
+    assert found.figures["microseconds"] == took
+
+
+def test_waking_is_measured_where_somebody_else_can_be_woken(tmp_path: Path) -> None:
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    assert 0 < doctor_wake.wake_us() < 1e6
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    check(doctor_wake.waking(machine(tmp_path, affinity=1)), OK, "one core")
+    check(doctor_wake.waking(machine(tmp_path, TSQP_ENCLAVE="gramine")), OK, "the host's business")
 
 
 # --- enclaves

@@ -22,6 +22,7 @@ _LAZY = {
     "GPUClient": "client",
     "GPUServer": "server",
     "PendingCall": "pending",
+    "CpuLatency": "cpu_latency",
     "Limits": "limits",
     "attach": "split",
     "detach": "split",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from ._ring import RingHandle as RingHandle
     from ._ring import ShmRingBuffer as ShmRingBuffer
     from .client import GPUClient as GPUClient
+    from .cpu_latency import CpuLatency as CpuLatency
     from .limits import Limits as Limits
     from .listener import Listener as Listener
     from .listener import listen as listen

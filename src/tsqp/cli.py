@@ -37,6 +37,7 @@ from .cli_parts import (
     status,
     usage_text,
 )
+from .cpu_latency import cores_awake
 from .enclave import check_listening, check_outside
 from .errors import ConfigError, TsqpError
 from .exits import EXIT_ERROR, EXIT_OK, ended, termination_raises
@@ -92,6 +93,7 @@ def serve(
     pack_weights: options.PackWeights = None,
     status_socket: options.Status = False,
     metrics_port: options.MetricsPort = None,
+    cpu_latency_us: options.CpuLatencyUs = None,
     curve_key: options.CurveKey = None,
     curve_clients: options.CurveClients = None,
 ) -> None:
@@ -122,6 +124,7 @@ def serve(
             progress=tell,
             status=status_socket,
             metrics_port=metrics_port,
+            cpu_latency_us=cpu_latency_us,
             curve_key=curve_key,
             curve_clients=curve_clients,
         )
@@ -144,6 +147,7 @@ def generate(
     dtype: options.RunnerDtype = "auto",
     wire_dtype: options.WireDtype = "auto",
     threads: options.Threads = None,
+    cpu_latency_us: options.CpuLatencyUs = None,
     stats: options.Stats = False,
     perf_log: options.PerfLog = None,
     trusted_weights: options.TrustedWeights = None,
@@ -158,20 +162,23 @@ def generate(
     """
     path = checkpoint(model)
     sampling = sampling_arguments(sample, temperature, seed)
-    with split_model(
-        path,
-        endpoint,
-        placement=placement,
-        dtype=dtype,
-        wire_dtype=wire_dtype,
-        threads=threads,
-        perf_log=perf_log,
-        keep_embedding=keep_embedding,
-        trusted_weights=trusted_weights,
-        trusted_digest=trusted_digest,
-        curve_key=curve_key,
-        curve_server=curve_server,
-    ) as split:
+    with (
+        cores_awake(cpu_latency_us),
+        split_model(
+            path,
+            endpoint,
+            placement=placement,
+            dtype=dtype,
+            wire_dtype=wire_dtype,
+            threads=threads,
+            perf_log=perf_log,
+            keep_embedding=keep_embedding,
+            trusted_weights=trusted_weights,
+            trusted_digest=trusted_digest,
+            curve_key=curve_key,
+            curve_server=curve_server,
+        ) as split,
+    ):
         from .streaming import PromptStreamer
 
         tokenizer = load_tokenizer(path)
@@ -193,6 +200,7 @@ def prefill(
     dtype: options.RunnerDtype = "auto",
     wire_dtype: options.WireDtype = "auto",
     threads: options.Threads = None,
+    cpu_latency_us: options.CpuLatencyUs = None,
     stats: options.Stats = False,
     perf_log: options.PerfLog = None,
     trusted_weights: options.TrustedWeights = None,
@@ -205,20 +213,23 @@ def prefill(
     Needs a running [bold]tsqp serve[/] (except with --placement local).
     """
     path = checkpoint(model)
-    with split_model(
-        path,
-        endpoint,
-        placement=placement,
-        dtype=dtype,
-        wire_dtype=wire_dtype,
-        threads=threads,
-        perf_log=perf_log,
-        keep_embedding=keep_embedding,
-        trusted_weights=trusted_weights,
-        trusted_digest=trusted_digest,
-        curve_key=curve_key,
-        curve_server=curve_server,
-    ) as split:
+    with (
+        cores_awake(cpu_latency_us),
+        split_model(
+            path,
+            endpoint,
+            placement=placement,
+            dtype=dtype,
+            wire_dtype=wire_dtype,
+            threads=threads,
+            perf_log=perf_log,
+            keep_embedding=keep_embedding,
+            trusted_weights=trusted_weights,
+            trusted_digest=trusted_digest,
+            curve_key=curve_key,
+            curve_server=curve_server,
+        ) as split,
+    ):
         from .prefill import format_prefill, time_prefill
 
         with status(f"timing {repeat} prefills of {tokens} tokens"):

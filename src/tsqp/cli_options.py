@@ -101,6 +101,7 @@ PackWeights = Annotated[
     bool | None,
     typer.Option(show_default=False, help="oneDNN's own layout of weights. Default: of those no two modules share."),
 ]
+CpuLatencyUs = Annotated[int | None, shared("cpu_latency_us")]
 Status = Annotated[
     bool, typer.Option("--status", help="Let your own user ask for the figures of all clients (tsqp top).")
 ]

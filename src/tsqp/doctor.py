@@ -28,6 +28,7 @@ CHECKS = (
     ("cores", "doctor_cpu", "cores"),
     ("threads", "doctor_cpu", "threads"),
     ("futex", "doctor_cpu", "futex"),
+    ("waking", "doctor_wake", "waking"),
     ("shared_memory", "doctor_memory", "shared_memory"),
     ("leftover_segments", "doctor_memory", "leftover_segments"),
     ("page_lock", "doctor_memory", "page_lock"),

@@ -21,6 +21,7 @@ from .cli_parts import (
     sampling_arguments,
     split_model,
 )
+from .cpu_latency import cores_awake
 from .errors import ConfigError
 from .exits import EXIT_OK, ended, one_line, termination_raises
 from .lean import lean_imports, prepare
@@ -81,6 +82,7 @@ def execute(**options: Any) -> None:
     of_model = {name: options[name] for name in _OF_THE_MODEL}
     with (
         termination_raises(),
+        cores_awake(options["cpu_latency_us"]),
         _output(options["output"]) as out,
         lean_imports(),
         split_model(path, options["endpoint"], spins=False, **of_model) as split,

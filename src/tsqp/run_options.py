@@ -101,6 +101,12 @@ OPTIONS: dict[str, Option] = {
         "Precision in which tensors travel; auto is the model's own.", metavar=_DTYPES, default="auto"
     ),
     "threads": Option("CPU threads of torch. Default: torch's choice.", kind=int, metavar="N", minimum=1),
+    "cpu_latency_us": Option(
+        "Keep cores from idle states that take longer to leave; 0: from halting at all. Needs /dev/cpu_dma_latency.",
+        kind=int,
+        metavar="N",
+        minimum=0,
+    ),
     "timeout": Option(
         "How long the server may take for one answer.", kind=float, metavar="SECONDS", default=30.0, minimum=0.001
     ),

@@ -18,6 +18,7 @@ from torch import nn
 from . import config, curve, descriptors
 from .answering import Answering
 from .compiling import compile_mlps
+from .cpu_latency import WhileBusy
 from .cuda import CudaWork, current
 from .errors import (
     ConfigError,
@@ -65,6 +66,8 @@ class GPUServer:
     with False none. ``progress`` is called with a line per phase of loading. ``status`` lets the server's own
     user ask it about all its clients (``tsqp top``), by a socket file beside the endpoint; ``metrics_port`` serves the
     same figures as Prometheus text on 127.0.0.1, to every user of the machine (0: a free one, see the attribute).
+    ``cpu_latency_us`` keeps this kernel's cores from idle states that take longer to leave while clients ask for
+    something, and a second more (:class:`CpuLatency`).
     ``curve_key`` and ``curve_clients``: the server's secret-key file and the directory of the clients' public keys, see
     :func:`listen`.
 
@@ -98,6 +101,7 @@ class GPUServer:
         limits: Limits | None = None,
         curve_key: curve.PathLike | None = None,
         curve_clients: curve.PathLike | None = None,
+        cpu_latency_us: int | None = None,
     ) -> None:
         for name, value in (("threads", threads), ("max_clients", max_clients)):
             if value is not None and value < 1:
@@ -105,6 +109,7 @@ class GPUServer:
         self.limits = limited(limits or Limits(), kv_limit_bytes, reply_limit_bytes)
         if metrics_port is not None:
             check_metrics(metrics_port)
+        self._awake = None if cpu_latency_us is None else WhileBusy(cpu_latency_us)
         self.endpoint = endpoint or config.default_endpoint()
         curve.check_reach(config.parse_endpoint(self.endpoint), curve.server_keys(curve_key, curve_clients))
         check_endpoint(self.endpoint)
@@ -276,7 +281,10 @@ class GPUServer:
         try:
             with torch.inference_mode(), current(self._served.device):
                 while not self._stopping:
-                    self._turn_all(self._listener.wait(_WAIT_S))
+                    ready = self._listener.wait(_WAIT_S)
+                    if self._awake is not None:
+                        self._awake.tell(bool(ready))
+                    self._turn_all(ready)
         except BaseException as error:
             self._failure = error
             raise
@@ -303,3 +311,5 @@ class GPUServer:
             self._doors.pop().close()
         self._answering.dismiss_all()
         self._listener.close()
+        if self._awake is not None:
+            self._awake.close()
