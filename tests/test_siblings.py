@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tsqp.errors import (
-    RemoteError,
-)
+from tsqp import remote
+from tsqp.errors import RemoteError
 from tsqp.placement import PLACEMENTS
 from tsqp.remote import SiblingGroup
 from tsqp.split import _siblings
@@ -74,6 +73,20 @@ class TestSiblingGroup:
         group.take("b", x)
         assert group._origin is None
         assert not group._results
+
+
+def test_a_member_without_siblings_keeps_nothing_of_its_input(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input may be the largest tensor there is, and a copy of it would serve nobody."""
+
+    def no_copy(_: Tensor) -> None:
+        pytest.fail("the input was kept")
+
+    monkeypatch.setattr(remote, "Fingerprint", no_copy)
+    asked: list[Tensor] = []
+    group, x = SiblingGroup(("a",), lambda x: [asked.append(x) or 2 * x]), torch.ones(3)
+    for count in (1, 2):
+        assert torch.equal(group.take("a", x), 2 * x)
+        assert len(asked) == count
 
 
 def test_a_failed_request_leaves_no_results() -> None:
