@@ -183,7 +183,8 @@ def test_futex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (12.4, {}, OK, ("12 us", "none")),
         (80.0, {}, NOTE, ("80 us", "kvm.halt_poll_ns")),
-        (80.0, {IDLE: "haltpoll\n"}, NOTE, ("haltpoll", "udev")),
+        (80.0, {IDLE: "haltpoll\n"}, NOTE, ("haltpoll", "--device")),
+        (80.0, {IDLE: "menu\n", "/dev/cpu_dma_latency": "closed"}, NOTE, ("menu", "udev")),
         (
             80.0,
             {IDLE: "intel_idle\n", "/dev/cpu_dma_latency": ""},
@@ -201,6 +202,8 @@ def test_waking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(doctor_wake, "wake_us", lambda: took)
+    closed = "closed" in files.values()  # root may write what others may not
+    monkeypatch.setattr(doctor_wake.os, "access", lambda path, mode: Path(path).exists() and not closed)
     found = doctor_wake.waking(machine(tmp_path, files))
     check(found, state, *words)
     assert found.figures["microseconds"] == took

@@ -31,9 +31,9 @@ _LARGEST_US = (1 << 31) - 1
 CALM_S = 1.0
 
 _WHY = {
-    errno.ENOENT: "this system has no such file",
-    errno.EACCES: "only root may write it; run as root, or let a group write it (a udev rule)",
-    errno.EPERM: "this container may not; pass the device in (docker: --device /dev/cpu_dma_latency)",
+    errno.ENOENT: f"there is no such file here; into a container pass it (docker: --device {DEVICE})",
+    errno.EACCES: "this user may not write it; run as root, or let a group write it (a udev rule)",
+    errno.EPERM: f"devices are kept from this process; allow it (systemd: DeviceAllow={DEVICE} w; docker: --device)",
 }
 
 
@@ -45,9 +45,10 @@ class CpuLatency:
         with tsqp.CpuLatency(0):
             model.generate(**inputs)
 
-    0 keeps cores from halting at all, which is what helps in a virtual machine; on bare metal a few microseconds keep
-    the deep states away and cost less power. Several may hold at once: the kernel takes the lowest. What is held ends
-    with the process at the latest, and is not a child's after ``fork``. Raises :class:`~tsqp.errors.ConfigError` for a
+    0 keeps cores from halting at all (on x86), which is what helps in a virtual machine; on bare metal a few
+    microseconds keep the deep states away and cost less power. An object is for one block at a time; several objects
+    may hold at once, the kernel takes the lowest. What is held ends with the process at the latest, and is not a
+    child's after ``fork``. Raises :class:`~tsqp.errors.ConfigError` for a
     limit outside 0..2^31-1, and when held where the kernel's file is missing or may not be written.
     """
 
@@ -66,17 +67,16 @@ class CpuLatency:
         """Asks the kernel; does nothing where that is done already."""
         if self._fd >= 0:
             return
-        fd = -1
+        _holding.add(self)  # before there is something that a child could inherit
         try:
-            fd = os.open(DEVICE, os.O_WRONLY | os.O_CLOEXEC)
-            os.write(fd, struct.pack("=i", self.us))
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
+            self._fd = os.open(DEVICE, os.O_WRONLY | os.O_CLOEXEC)
+            os.write(self._fd, struct.pack("=i", self.us))
+        except BaseException as error:
+            self.release()
+            if not isinstance(error, OSError):
+                raise
             why = _WHY.get(error.errno or 0, f"{error.strerror}; leave the limit out")
             raise ConfigError(f"a CPU latency of {self.us} us can't be asked for by {DEVICE}: {why}") from error
-        self._fd = fd
-        _holding.add(self)
 
     def release(self) -> None:
         """Lets cores sleep as before; does nothing where nothing is held."""
@@ -124,7 +124,7 @@ class WhileBusy:
         self._latency: CpuLatency | None = CpuLatency(us)
         with self._latency:  # now, where somebody can be told that it can't be
             pass
-        self._calm_from = 0.0
+        self._calm_since: float | None = None
 
     def tell(self, busy: bool) -> None:
         """Whether there is something to do; to be told now and then where there is nothing."""
@@ -132,11 +132,15 @@ class WhileBusy:
         if latency is None:
             return
         if busy:
-            self._calm_from = time.monotonic() + CALM_S
+            self._calm_since = None
             if not latency.held:
                 self._hold(latency)
-        elif latency.held and time.monotonic() >= self._calm_from:
-            latency.release()
+        elif latency.held:
+            now = time.monotonic()
+            if self._calm_since is None:  # what was done took its time: it is calm from now on
+                self._calm_since = now
+            elif now - self._calm_since >= CALM_S:
+                latency.release()
 
     def _hold(self, latency: CpuLatency) -> None:
         try:

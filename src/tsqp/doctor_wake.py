@@ -36,12 +36,17 @@ def waking(machine: Machine) -> Finding:
     told = f"A thread that slept for {1000 * _NAP_S:g} ms is awake after {took:.0f} us (idle states: {driver})"
     if took <= _SLOW_US:
         return Finding("waking", OK, f"{told}.", figures=figures)
+    use = "tsqp serve --cpu-latency-us 0, in a runner tsqp.CpuLatency(0)"
     if driver == "none":
-        advice = "In a virtual machine have the host poll (kvm.halt_poll_ns), or boot with idle=poll or haltpoll."
+        advice = (
+            "In a virtual machine have the host poll (kvm.halt_poll_ns), load cpuidle_haltpoll, or boot with idle=poll."
+        )
     elif figures["writable"]:
-        advice = "Keep cores awake while there is work: tsqp serve --cpu-latency-us 0, in a runner tsqp.CpuLatency(0)."
+        advice = f"Keep cores awake while there is work: {use}."
+    elif machine.exists(DEVICE):
+        advice = f"Let a group write {DEVICE} (a udev rule), or run as root; then: {use}."
     else:
-        advice = f"Let a group write {DEVICE} (udev), or run as root, then: tsqp serve --cpu-latency-us 0."
+        advice = f"Pass {DEVICE} into the container (docker: --device), or ask on the host: {use}."
     return Finding("waking", NOTE, f"{told}; each round trip behind a longer computation pays that.", advice, figures)
 
 

@@ -78,11 +78,12 @@ def execute(**options: Any) -> None:
     prompts = read_prompts(*sources)
     if not options["lines"]:
         prompts = iter([*prompts])  # before seconds of loading, and before a server waits for somebody who types
+    with cores_awake(options["cpu_latency_us"]):
+        pass  # now, if that can't be had
     prepare(options["threads"])
     of_model = {name: options[name] for name in _OF_THE_MODEL}
     with (
         termination_raises(),
-        cores_awake(options["cpu_latency_us"]),
         _output(options["output"]) as out,
         lean_imports(),
         split_model(path, options["endpoint"], spins=False, **of_model) as split,
@@ -107,7 +108,8 @@ def _answerer(split: PreTrainedModel, path: str, options: dict[str, Any], out: T
             print(end=end, file=out, flush=True)
             return
         streamer = PromptStreamer(tokenizer, "" if options["answer_only"] else prompt, out, end)
-        continue_prompt(split, tokenizer, prompt, path, streamer, **generation)
+        with cores_awake(options["cpu_latency_us"]):  # not while the next prompt is waited for
+            continue_prompt(split, tokenizer, prompt, path, streamer, **generation)
 
     return answer
 

@@ -282,8 +282,8 @@ class GPUServer:
             with torch.inference_mode(), current(self._served.device):
                 while not self._stopping:
                     ready = self._listener.wait(_WAIT_S)
-                    if self._awake is not None:
-                        self._awake.tell(bool(ready))
+                    if self._awake is not None:  # clients that take no replies are nothing to be awake for
+                        self._awake.tell(bool(ready) and self._pause_s == _BLOCKED_PAUSE_S)
                     self._turn_all(ready)
         except BaseException as error:
             self._failure = error
@@ -307,9 +307,9 @@ class GPUServer:
         return self._stopping
 
     def _close(self) -> None:
+        if self._awake is not None:
+            self._awake.close()
         while self._doors:
             self._doors.pop().close()
         self._answering.dismiss_all()
         self._listener.close()
-        if self._awake is not None:
-            self._awake.close()
