@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from tsqp.cpu_latency import cores_awake
+from tsqp import cpu_latency
 from tsqp.errors import ConfigError
 
 
@@ -30,7 +30,6 @@ def plain_parser(name: str, doc: str | None, prog: str | None) -> Parser:
 def check_awake(parser: argparse.ArgumentParser, us: int | None) -> None:
     """Refuses a limit on waking that can't be had here."""
     try:
-        with cores_awake(us):
-            pass
+        cpu_latency.check_awake(us)
     except ConfigError as error:
         parser.error(f"--cpu-latency-us: {error}")

@@ -158,8 +158,8 @@ def measure(
             for predicts in (False, True) if number % 2 == 0 else (True, False):
                 site.forecast = forecast if predicts else None
                 turn(call, count, ways[WAYS[predicts]])
-            site.forecast = forecast
             if AWAKE in ways:
+                site.forecast = forecast
                 with awake():
                     turn(call, count, ways[AWAKE])
             if floor is not None:
@@ -184,11 +184,9 @@ def measure(
 
 def named(floors: bool, awake: bool) -> list[str]:
     """What is measured, in the order of the table."""
-    ways, bare_ones = list(WAYS.values()), list(FLOORS.values()) if floors else []
-    if awake:
-        ways.append(AWAKE)
-        bare_ones += [FLOOR_AWAKE] if floors else []
-    return ways + bare_ones
+    ways = [*WAYS.values(), *([AWAKE] if awake else ())]
+    bare_ones = [*FLOORS.values(), *([FLOOR_AWAKE] if awake else ())]
+    return ways + bare_ones if floors else ways
 
 
 @contextlib.contextmanager
@@ -231,7 +229,7 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title=title, title_justify="left")
     known = [name for name in named(floors=True, awake=True) if cells and name in cells[0]]
     floors = [name for name in known if name.startswith("bare")]
-    names = known[: len(known) - len(floors)]
+    names = [name for name in known if name not in floors]
     overheads, cpus = ([f"{part}, {name}" for name in names] for part in ("overhead", "CPU"))
     for column in ("threads", "compute", *overheads, *floors, "compute ratio", *cpus, "others"):
         shown.add_column(column, justify="right")

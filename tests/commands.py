@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tsqp import cli
+from tsqp import cli, run
 
 #: Long enough for a busy machine; a command that needs it has hung.
 LIMIT_S = 120.0
@@ -57,10 +57,20 @@ def tsqp(*arguments: str, **env: str) -> Outcome:
 
 def tsqp_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
     """Runs ``tsqp`` in this process, which has torch loaded already."""
+    outcome = _here(cli.main, capsys, arguments)
+    return Outcome(outcome.code, _ANSI.sub("", outcome.out), _ANSI.sub("", outcome.err))
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+    """Runs ``tsqp run`` in this process, by the way it has of its own; it prints no colours, and none are taken out."""
+    return _here(run.main, capsys, arguments)
+
+
+def _here(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> Outcome:
     with pytest.raises(SystemExit) as stop:
-        cli.main(list(arguments))
+        main(list(arguments))
     printed = capsys.readouterr()
-    return Outcome(int(stop.value.code or 0), _ANSI.sub("", printed.out), _ANSI.sub("", printed.err))
+    return Outcome(int(stop.value.code or 0), printed.out, printed.err)
 
 
 def start(*arguments: str, **env: str) -> subprocess.Popen[bytes]:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Outcome, tsqp_here
+from commands import Outcome, run_here, tsqp_here
 from rpc_support import HIDDEN, client_of, server_of, serving, tiny_model, until
 from waking import kernel_may_be_asked
 
@@ -205,15 +206,16 @@ def test_clients_do_not_pay_where_it_fails_later(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("here", "arguments"),
     [
-        ("serve",),
-        ("generate", "--prompt", "And", "--placement", "local"),
-        ("prefill", "--placement", "local"),
-        ("run", "--prompt", "And", "--placement", "local"),
+        (tsqp_here, ("serve",)),
+        (tsqp_here, ("generate", "--prompt", "And", "--placement", "local")),
+        (tsqp_here, ("prefill", "--placement", "local")),
+        (run_here, ("--prompt", "And", "--placement", "local")),
     ],
 )
 def test_commands_say_that_it_can_not_be(
+    here: Callable[..., Outcome],
     arguments: tuple[str, ...],
     no_device: None,
     tmp_path: Path,
@@ -221,7 +223,7 @@ def test_commands_say_that_it_can_not_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("LLAMA_IPC_PATH", f"{tmp_path}/s")
-    outcome = run_here(capsys, *arguments, "--cpu-latency-us", "0")
+    outcome = here(capsys, *arguments, "--cpu-latency-us", "0")
     assert outcome.code == 1
     assert outcome.err.count("a CPU latency of 0 us can't be asked for") == 1, outcome
     assert "Traceback" not in outcome.err
@@ -232,18 +234,8 @@ def test_a_runner_holds_it_while_it_generates(
 ) -> None:
     held = []
     monkeypatch.setattr(run, "continue_prompt", lambda *_, **__: held.append(open_files(device)))
-    outcome = run_here(capsys, "run", "--prompt", "And", "--placement", "local", "--cpu-latency-us", "5")
+    outcome = run_here(capsys, "--prompt", "And", "--placement", "local", "--cpu-latency-us", "5")
     assert outcome.code == 0, outcome
     assert held == [1]
     assert struct.unpack("=i", device.read_bytes()) == (5,)
     assert open_files(device) == 0
-
-
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
-    """Runs ``tsqp`` in this process; ``tsqp run`` by the way it has of its own."""
-    if arguments[0] != "run":
-        return tsqp_here(capsys, *arguments)
-    with pytest.raises(SystemExit) as stop:
-        run.main(list(arguments[1:]))
-    printed = capsys.readouterr()
-    return Outcome(int(stop.value.code or 0), printed.out, printed.err)

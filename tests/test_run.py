@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from commands import LIMIT_S, Outcome, Served, environment, finish, serving, short_directory, tsqp_here
+from commands import LIMIT_S, Outcome, Served, environment, finish, run_here, serving, short_directory, tsqp_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsqp import prompts, run
@@ -71,14 +71,6 @@ def text() -> str:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     return PROMPT + tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
-    """Runs the command in this process, which has torch loaded already."""
-    with pytest.raises(SystemExit) as stop:
-        run.main(arguments)
-    printed = capsys.readouterr()
-    return Outcome(int(stop.value.code or 0), printed.out, printed.err)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ import struct
 import time
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 
 from .errors import ConfigError
 
@@ -48,8 +47,8 @@ class CpuLatency:
     0 keeps cores from halting at all (on x86), which is what helps in a virtual machine; on bare metal a few
     microseconds keep the deep states away and cost less power. An object is for one block at a time; several objects
     may hold at once, the kernel takes the lowest. What is held ends with the process at the latest, and is not a
-    child's after ``fork``. Raises :class:`~tsqp.errors.ConfigError` for a
-    limit outside 0..2^31-1, and when held where the kernel's file is missing or may not be written.
+    child's after ``fork``. Raises :class:`~tsqp.errors.ConfigError` for a limit outside 0..2^31-1, and when held where
+    the kernel's file is missing or may not be written.
     """
 
     def __init__(self, us: int) -> None:
@@ -89,9 +88,7 @@ class CpuLatency:
         self.hold()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __del__(self) -> None:
@@ -117,13 +114,18 @@ def cores_awake(us: int | None) -> AbstractContextManager[object]:
     return nullcontext() if us is None else CpuLatency(us)
 
 
+def check_awake(us: int | None) -> None:
+    """Raises what :func:`cores_awake` would: for whom it is too late to be told when the work begins."""
+    with cores_awake(us):
+        pass
+
+
 class WhileBusy:
     """Holds a limit while there is something to do, and for :data:`CALM_S` after it."""
 
     def __init__(self, us: int) -> None:
+        check_awake(us)
         self._latency: CpuLatency | None = CpuLatency(us)
-        with self._latency:  # now, where somebody can be told that it can't be
-            pass
         self._calm_since: float | None = None
 
     def tell(self, busy: bool) -> None:

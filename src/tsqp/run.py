@@ -21,7 +21,7 @@ from .cli_parts import (
     sampling_arguments,
     split_model,
 )
-from .cpu_latency import cores_awake
+from .cpu_latency import check_awake, cores_awake
 from .errors import ConfigError
 from .exits import EXIT_OK, ended, one_line, termination_raises
 from .lean import lean_imports, prepare
@@ -78,8 +78,7 @@ def execute(**options: Any) -> None:
     prompts = read_prompts(*sources)
     if not options["lines"]:
         prompts = iter([*prompts])  # before seconds of loading, and before a server waits for somebody who types
-    with cores_awake(options["cpu_latency_us"]):
-        pass  # now, if that can't be had
+    check_awake(options["cpu_latency_us"])
     prepare(options["threads"])
     of_model = {name: options[name] for name in _OF_THE_MODEL}
     with (
