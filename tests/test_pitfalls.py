@@ -177,7 +177,7 @@ def test_the_name_of_an_enclaves_segment_ends_with_the_connection(name, end, sta
     """Whoever still holds the old channel: nothing of it is left, and under a fixed name there is a new file."""
 
     def files() -> dict[str, int]:
-        return {entry.name: entry.stat().st_ino for entry in os.scandir(shm_directory)}
+        return {entry.name: entry.inode() for entry in os.scandir(shm_directory)}
 
     expected = {name} - {None}
     with tsqp.listen("tcp://127.0.0.1:0", 1 << 16, 2, shm_name=name) as listener:

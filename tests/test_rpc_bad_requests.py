@@ -398,7 +398,7 @@ def test_no_request_brings_the_server_out_of_step(model, server):
 def test_bytes_that_are_no_message_end_only_their_own_connection(model, server, rubbish):
     with client_of(server) as other, tsqp.connect(server.endpoint, timeout=PATIENCE_S, shm=False) as channel:
         other.ping()
-        channel._link.send(rubbish, [], 0, time.monotonic() + PATIENCE_S, True)
+        channel._link.post(rubbish, [], 0, time.monotonic() + PATIENCE_S)
         with pytest.raises((ClosedError, PeerDiedError)):
             channel.recv(timeout=PATIENCE_S)
         torch.testing.assert_close(other.lm_head(H), model.lm_head(H).detach())

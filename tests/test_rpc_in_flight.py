@@ -157,7 +157,7 @@ def test_bytes_that_are_no_message_end_what_is_in_flight(tmp_path):
             return None
         if msg.request_id == 3:
             (channel,) = server._listener._hub.channels
-            channel._link.send(b"rubbish" * 30, [], 0, time.monotonic() + PATIENCE_S, True)
+            channel._link.post(b"rubbish" * 30, [], 0, time.monotonic() + PATIENCE_S)
             answered.set()
             return []
         return {"tensors": [answer_of(1)]} if msg.request_id != 2 else []

@@ -24,7 +24,13 @@ class KeyFileError(ConfigError):
 
 
 class WaitTimeoutError(TsqpError, TimeoutError):
-    """The deadline of a wait passed; the peer is still there and nothing was lost."""
+    """The deadline of a wait passed; the peer is still there and nothing was lost.
+
+    ``queued``: True where a send timed out and ZeroMQ has its message, which arrives even so: do not send it again, and
+    do not change its tensors. Else nothing of it arrives, and it may be sent again.
+    """
+
+    queued = False
 
 
 class ClosedError(TsqpError, ConnectionError):

@@ -33,10 +33,12 @@ def wait_sent(tracker: zmq.MessageTracker, deadline: float, dead: Callable[[], s
             if reason:
                 raise PeerDiedError(f"the peer died during a transfer: {reason}") from None
             if time.monotonic() >= deadline:
-                raise WaitTimeoutError(
+                error = WaitTimeoutError(
                     "a large message was not taken by the peer before the deadline; it stays queued: do not change "
                     "its tensors, and wait longer"
-                ) from None
+                )
+                error.queued = True
+                raise error from None
 
 
 def received(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:

@@ -23,7 +23,7 @@ from . import handshake as hs
 from .binding import check_permission
 from .curve import ClientKeys
 from .errors import ClosedError, PeerDiedError, ProtocolError, RingUsageError, WaitTimeoutError
-from .frames import SLICE_S, multipart, received, slice_until, trackers, wait_sent
+from .frames import SLICE_S, multipart, received, slice_until, trackers
 from .greeting import EVENTS, Greeting
 from .monitor import next_event
 from .wake_pipe import WakePipe
@@ -46,8 +46,9 @@ LargeMessage = tuple[int, Any, list[Any]]
 class Link(Protocol):
     """What a channel needs of its ZeroMQ side."""
 
-    def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
-        """Sends one message; unless `transfer`, returns only when the frames' memory is not needed any more."""
+    def post(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float) -> zmq.MessageTracker:
+        """Gives one message to ZeroMQ; returns what tells when the frames' memory is not needed any more. Where it
+        raises nothing was sent."""
 
     def recv(self, deadline: float) -> LargeMessage | None:
         """The next message, or None when `deadline` (time.monotonic seconds) passed."""
@@ -159,7 +160,7 @@ class ClientLink:
             if time.monotonic() >= deadline:
                 return None
 
-    def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
+    def post(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float) -> zmq.MessageTracker:
         parts = multipart([hs.envelope(hs.MESSAGE, sequence)], head, frames)
         while True:
             with self._lock:
@@ -175,8 +176,7 @@ class ClientLink:
             time.sleep(0.001)
         tracker = trackers(parts)
         parts.clear()  # a frame object of ours would itself keep the memory in use
-        if not transfer:
-            wait_sent(tracker, deadline, self.dead)
+        return tracker
 
     def recv(self, deadline: float) -> LargeMessage | None:
         while self.wait(deadline):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from ._message import FLAG_TILED, FLAG_VIA_ZMQ, Assembly, Lease, Message, deadline_ns
 from ._ring import Ring
 from .errors import MessageError, MessageTooLargeError, PeerDiedError, ProtocolError, WaitTimeoutError
-from .links import Link
+from .links import LargeMessage, Link
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -214,8 +215,17 @@ class Receiver:
         self._count_ring(message.nbytes)
         return message
 
+    def _from_link(self, deadline: int) -> LargeMessage | None:
+        """The message that was announced, where one was; of those before it, the sends were interrupted."""
+        while True:
+            arrived = self._link.recv(deadline / 1e9)
+            if arrived is None or self._awaited is None or arrived[0] >= self._awaited:
+                return arrived
+            if time.monotonic_ns() >= deadline:
+                return None  # or a peer that sends nothing else could hold this end
+
     def _next_from_link(self, deadline: int) -> Message | None:
-        arrived = self._link.recv(deadline / 1e9)
+        arrived = self._from_link(deadline)
         if arrived is None:
             return None
         sequence, head, frames = arrived

@@ -6,11 +6,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import zmq
+
 from . import _perf
 from ._message import deadline_ns, give_up
 from ._ring import Ring
 from .choosing import RING, TILE, ZMQ, Chooser
 from .errors import MessageTooLargeError, WaitTimeoutError
+from .frames import wait_sent
 from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
 
@@ -161,11 +164,25 @@ class Sender:
         sequence = self._sequence
         self._sequence += 1
         begin_ns = time.monotonic_ns()
-        if self._ring is not None:
-            self._codec.announce(self._ring, deadline).publish(sequence)
-        self._channel.link_used = True
-        self._link.send(head, frames, sequence, deadline / 1e9, transfer)
+        tracker = self._post(head, frames, sequence, deadline)
+        if not transfer:
+            wait_sent(tracker, deadline / 1e9, self._link.dead)
         self.waited_ns += time.monotonic_ns() - begin_ns
+
+    def _post(self, head: bytes, frames: list[Any], sequence: int, deadline: int) -> zmq.MessageTracker:
+        """Announces a message in the ring and gives it to ZeroMQ; both or, where this raises, neither."""
+        self._channel.link_used = True
+        if self._ring is None:
+            return self._link.post(head, frames, sequence, deadline / 1e9)
+        note = self._codec.announce(self._ring, deadline)
+        # The message before its note: the receiver would wait for ever for one that did not get away, and passes over
+        # one that was not announced, as where Ctrl-C comes in between.
+        try:
+            tracker = self._link.post(head, frames, sequence, deadline / 1e9)
+            note.publish(sequence)
+        finally:
+            note.cancel()  # unless published
+        return tracker
 
 
 class _Tail:

@@ -13,7 +13,7 @@ import zmq
 
 from . import handshake as hs
 from .errors import ClosedError, PeerDiedError, WaitTimeoutError
-from .frames import multipart, slice_until, trackers, wait_sent
+from .frames import multipart, slice_until, trackers
 from .links import LargeMessage, check_process, cost
 
 
@@ -46,7 +46,7 @@ class ServerLink:
     # -- called by the I/O thread --
 
     def sent(self, parts: list[Any]) -> None:
-        """libzmq took a message of :meth:`send`."""
+        """libzmq took a message of :meth:`post`."""
         self._posted_and_sent += sum(len(part) for part in parts)
 
     def deliver(self, message: LargeMessage) -> str | None:
@@ -79,7 +79,7 @@ class ServerLink:
 
     # -- called by the channel --
 
-    def send(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float, transfer: bool) -> None:
+    def post(self, head: bytes, frames: Sequence[Any], sequence: int, deadline: float) -> zmq.MessageTracker:
         self._await_room(deadline)
         parts = multipart([self.identity, hs.envelope(hs.MESSAGE, sequence)], head, frames)
         tracker = trackers(parts)
@@ -87,8 +87,7 @@ class ServerLink:
             self._unsent.append((tracker, sum(len(frame) for frame in frames)))
         self._posted += sum(len(part) for part in parts)
         self._post(self, parts)  # emptied there once sent
-        if not transfer:
-            wait_sent(tracker, deadline, self.dead)
+        return tracker
 
     def _await_room(self, deadline: float) -> None:
         """A client that takes nothing must not make the listener's queue grow without end."""

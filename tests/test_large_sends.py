@@ -1,0 +1,134 @@
+"""Large messages that do not get away over ZeroMQ: nothing of them arrives, and what is sent afterwards does, once."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from carriers import CARRIERS, COUNT, LARGE, SMALL, Carrier, pass_on, recv_numbered, send_numbered
+from ends import Ends, ends_over
+from peers import PATIENCE_S
+from wire_bytes import check_numbered, numbered
+
+from tsqp._message import deadline_ns
+from tsqp.errors import ClosedError, DescriptorsExhaustedError, WaitTimeoutError
+from tsqp.transport import Channel
+
+#: More than the buffers of a socket hold.
+HUGE = 1 << 20
+TIMEOUT_S = 0.3
+
+
+@pytest.fixture(params=["ring", "zmq-ipc"])
+def carrier(request: pytest.FixtureRequest) -> Carrier:
+    return CARRIERS[request.param]
+
+
+@pytest.fixture
+def stopped(carrier: Carrier, endpoint: str, start_peer: Callable[..., Any]) -> Iterator[Ends]:
+    """A client that was stopped; the server lets less than two messages of it wait."""
+    with ends_over(carrier, "client", endpoint, start_peer, max_inbox_bytes=HUGE) as ends:
+        ends.peer.stop()
+        yield ends
+
+
+def assert_goes_on(sender: Channel, receiver: Channel, number: int) -> None:
+    """What is sent from now on arrives, and nothing comes before or after it."""
+    for nbytes in (LARGE, SMALL, LARGE):
+        check_numbered(pass_on(sender, receiver, [numbered(number, nbytes)], request_id=number), number, nbytes)
+        number += 1
+    with pytest.raises(WaitTimeoutError):
+        receiver.recv(0.05)
+
+
+@pytest.mark.parametrize("carrier", ["ring"], indirect=True)
+def test_a_ring_without_room_for_the_note(direction):
+    """The error tells that the message is not on its way: it is to be sent again."""
+    sender, receiver = direction
+    send_numbered(sender, [LARGE] * COUNT)
+    with pytest.raises(WaitTimeoutError) as refused:
+        sender.send([numbered(COUNT, LARGE)], request_id=COUNT, timeout=TIMEOUT_S)
+    assert not refused.value.queued
+    recv_numbered(receiver, [LARGE] * COUNT)
+    assert_goes_on(sender, receiver, COUNT)
+
+
+def test_a_stopped_client_for_which_too_much_waits(stopped):
+    """The first messages time out and stay queued, the rest are refused; the client then gets the first, and others."""
+    queued = []
+    for number in range(4):
+        with pytest.raises(WaitTimeoutError) as refused:
+            stopped.channel.send([numbered(number, HUGE)], request_id=number, timeout=TIMEOUT_S)
+        queued.append(refused.value.queued)
+    assert queued[0]
+    assert not queued[-1]
+    assert queued == sorted(queued, reverse=True)
+    count = sum(queued)
+    stopped.peer.go_on()
+    stopped.peer.say(("check", [HUGE] * (count + 2)))
+    for number in (count, count + 1):
+        stopped.channel.send([numbered(number, HUGE)], request_id=number, timeout=PATIENCE_S)
+    assert stopped.peer.hear() == count + 2
+
+
+def test_close_ends_the_wait_for_room(stopped, background):
+    def send_all() -> None:
+        for number in range(4):
+            stopped.channel.send([numbered(number, HUGE)], request_id=number, transfer=True)
+
+    def send() -> None:
+        with pytest.raises(ClosedError):
+            send_all()
+
+    background.start(send)
+    time.sleep(TIMEOUT_S)
+    stopped.channel.close()
+
+
+def interrupt_post(monkeypatch: pytest.MonkeyPatch, channel: Channel, error: BaseException, late: bool) -> None:
+    """The next message fails before it is with ZeroMQ, or (`late`) when it just got there."""
+    post = channel._link.post
+
+    def fail(*arguments: Any) -> None:
+        monkeypatch.undo()
+        if late:
+            post(*arguments)
+        raise error
+
+    monkeypatch.setattr(channel._link, "post", fail)
+
+
+def test_no_descriptors_for_a_large_message(direction, monkeypatch):
+    sender, receiver = direction
+    interrupt_post(monkeypatch, sender, DescriptorsExhaustedError(24, "too few descriptors"), late=False)
+    with pytest.raises(DescriptorsExhaustedError):
+        sender.send([numbered(0, LARGE)], timeout=PATIENCE_S)
+    assert_goes_on(sender, receiver, 1)
+
+
+@pytest.mark.parametrize("carrier", ["ring"], indirect=True)
+def test_ctrl_c_between_a_message_and_its_note(direction, monkeypatch):
+    """A message that was not announced is passed over when the next one comes."""
+    sender, receiver = direction
+    for number in range(3):
+        interrupt_post(monkeypatch, sender, KeyboardInterrupt(), late=True)
+        with pytest.raises(KeyboardInterrupt):
+            sender.send([numbered(number, LARGE)], request_id=number, timeout=PATIENCE_S)
+    assert_goes_on(sender, receiver, 3)
+
+
+@pytest.mark.parametrize("carrier", ["ring"], indirect=True)
+def test_unannounced_messages_without_end_do_not_hold_a_receiver(direction, monkeypatch):
+    """A hostile peer announces a message and sends others: the receiver's deadline passes as ever."""
+    sender, receiver = direction
+    sender._encoder.plan([], b"", *[0] * 8, None)
+    sender._encoder.announce(sender._tx, deadline_ns(PATIENCE_S)).publish(1 << 40)
+    numbers = itertools.count()
+    monkeypatch.setattr(receiver._link, "recv", lambda deadline: (next(numbers), b"", []))
+    with pytest.raises(WaitTimeoutError):
+        receiver.recv(TIMEOUT_S)
+    assert receiver.recv_nowait() is None
+    assert next(numbers) > 2
