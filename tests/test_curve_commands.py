@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import zmq.auth
-from commands import serving, short_directory, tsqp_here
+from commands import environment, serving, short_directory, tsqp_here
 from keys import Keys
 
 from tsqp.demo import model_path
@@ -46,3 +48,16 @@ def test_the_commands_take_them(keys, capsys):
             prefill = tsqp_here(capsys, "prefill", "--tokens", "4", "--repeat", "1", *where, *ours)
             assert re.search(r"prefill +4 tokens", prefill.out)
     assert not any(keys.secret_text(name) in served.outcome.err for name in ("server", "client"))
+
+
+@pytest.mark.parametrize("command", ["generate --prompt x", "prefill"])
+def test_a_missing_key_is_told_before_torch_is_loaded(command):
+    """Which takes seconds."""
+    arguments = [*command.split(), "--curve-key", "/nowhere/a.key_secret", "--curve-server", "/nowhere/b.key"]
+    code = (
+        f"import sys, tsqp.cli\ntry: tsqp.cli.main({arguments})\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1", "False"], ended.stderr
+    assert "/nowhere/a.key_secret" in ended.stderr

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import sys
 from functools import partial
 from json import dumps
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,19 +25,18 @@ from rich.console import Console
 from . import __version__, cli_bench, cli_keys, cli_run, cli_trust, config
 from . import cli_options as options
 from .cli_parts import (
+    SPLIT_OPTIONS,
     check_demo,
     checkpoint,
     continue_prompt,
     load_tokenizer,
-    print_runner_stats,
+    opened_split,
     quiet_progress_bars,
     sampling_arguments,
     show_log,
-    split_model,
     status,
     usage_text,
 )
-from .cpu_latency import cores_awake
 from .enclave import check_listening, check_outside
 from .errors import ConfigError, TsqpError
 from .exits import EXIT_ERROR, EXIT_OK, ended, termination_raises
@@ -133,110 +132,43 @@ def serve(
 
 
 @app.command(epilog='Example: [bold]tsqp generate --prompt "And the king said" --max-new-tokens 40[/]')
+@cli_run.with_options(*SPLIT_OPTIONS)
 def generate(
     *,
     prompt: options.Prompt,
     max_new_tokens: options.MaxNewTokens = 64,
-    placement: options.Placement = "ops",
-    keep_embedding: options.KeepEmbedding = False,
-    model: options.Model = None,
-    endpoint: options.Endpoint = None,
     sample: options.Sample = False,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
-    dtype: options.RunnerDtype = "auto",
-    wire_dtype: options.WireDtype = "auto",
-    threads: options.Threads = None,
-    cpu_latency_us: options.CpuLatencyUs = None,
-    stats: options.Stats = False,
-    perf_log: options.PerfLog = None,
-    trusted_weights: options.TrustedWeights = None,
-    trusted_digest: options.TrustedDigest = None,
-    curve_key: options.CurveKey = None,
-    curve_server: options.CurveServer = None,
+    **split_options: Any,
 ) -> None:
     """Continues a prompt with the model a server serves, and prints the text as it comes.
 
     Needs a running [bold]tsqp serve[/] (except with --placement local). --model is the checkpoint that is
     served: the runner reads its config and tokenizer, not its weights.
     """
-    path = checkpoint(model)
     sampling = sampling_arguments(sample, temperature, seed)
-    with (
-        cores_awake(cpu_latency_us),
-        split_model(
-            path,
-            endpoint,
-            placement=placement,
-            dtype=dtype,
-            wire_dtype=wire_dtype,
-            threads=threads,
-            perf_log=perf_log,
-            keep_embedding=keep_embedding,
-            trusted_weights=trusted_weights,
-            trusted_digest=trusted_digest,
-            curve_key=curve_key,
-            curve_server=curve_server,
-        ) as split,
-    ):
+    with opened_split(**split_options) as (split, path):
         from .streaming import PromptStreamer
 
         tokenizer = load_tokenizer(path)
         streamer = PromptStreamer(tokenizer, prompt)
         continue_prompt(split, tokenizer, prompt, path, streamer, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-        if stats:
-            print_runner_stats(split)
 
 
 @app.command(epilog="Example: [bold]tsqp prefill --tokens 512 --placement linear --repeat 10[/]")
-def prefill(
-    *,
-    tokens: options.Tokens = 1024,
-    placement: options.Placement = "ops",
-    keep_embedding: options.KeepEmbedding = False,
-    repeat: options.Repeat = 5,
-    model: options.Model = None,
-    endpoint: options.Endpoint = None,
-    dtype: options.RunnerDtype = "auto",
-    wire_dtype: options.WireDtype = "auto",
-    threads: options.Threads = None,
-    cpu_latency_us: options.CpuLatencyUs = None,
-    stats: options.Stats = False,
-    perf_log: options.PerfLog = None,
-    trusted_weights: options.TrustedWeights = None,
-    trusted_digest: options.TrustedDigest = None,
-    curve_key: options.CurveKey = None,
-    curve_server: options.CurveServer = None,
-) -> None:
+@cli_run.with_options(*SPLIT_OPTIONS)
+def prefill(*, tokens: options.Tokens = 1024, repeat: options.Repeat = 5, **split_options: Any) -> None:
     """Times the prefill of a random prompt: seconds, tokens per second, round trips, bytes per carrier.
 
     Needs a running [bold]tsqp serve[/] (except with --placement local).
     """
-    path = checkpoint(model)
-    with (
-        cores_awake(cpu_latency_us),
-        split_model(
-            path,
-            endpoint,
-            placement=placement,
-            dtype=dtype,
-            wire_dtype=wire_dtype,
-            threads=threads,
-            perf_log=perf_log,
-            keep_embedding=keep_embedding,
-            trusted_weights=trusted_weights,
-            trusted_digest=trusted_digest,
-            curve_key=curve_key,
-            curve_server=curve_server,
-        ) as split,
-    ):
+    with opened_split(**split_options) as (split, _):
         from .prefill import format_prefill, time_prefill
 
         with status(f"timing {repeat} prefills of {tokens} tokens"):
             runs = time_prefill(split, tokens, repeat)
         print(format_prefill(runs, split.tsqp_placement))
-        if stats:
-            print_runner_stats(split)
 
 
 @app.command(epilog='Example: [bold]tsqp demo --prompt "In the beginning" --placement linear[/]')

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import config
+from .cpu_latency import cores_awake
+from .curve import check_reach, client_keys
 from .enclave import check_connecting, check_outside
 from .errors import ConfigError, ModelError, ModelNotFoundError
 from .exits import one_line
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 #: How long a command waits for a server to answer; one that is up answers at once, even when it is busy.
 _CONNECT_TIMEOUT_S = 5.0
+#: The options of commands that open a split model, by their names in :data:`tsqp.run_options.OPTIONS`.
+SPLIT_OPTIONS = (
+    *("placement", "keep_embedding", "model", "endpoint", "dtype", "wire_dtype", "threads", "cpu_latency_us", "stats"),
+    *("perf_log", "trusted_weights", "trusted_digest", "curve_key", "curve_server"),
+)
 #: Shows a line of text about what is going on.
 Tell = Callable[[str], None]
 
@@ -72,6 +79,18 @@ def sampling_arguments(sample: bool, temperature: float | None, seed: int | None
 
 
 @contextmanager
+def opened_split(
+    *, model: str | None, endpoint: str | None, cpu_latency_us: int | None, stats: bool, **options: Any
+) -> Iterator[tuple[PreTrainedModel, str]]:
+    """The split model that :data:`SPLIT_OPTIONS` describe and its checkpoint's path; its statistics at the end."""
+    path = checkpoint(model)
+    with cores_awake(cpu_latency_us), split_model(path, endpoint, **options) as split:
+        yield split, path
+        if stats:
+            print_runner_stats(split)
+
+
+@contextmanager
 def split_model(
     path: str,
     endpoint: str | None,
@@ -101,6 +120,7 @@ def split_model(
     endpoint_at = config.parse_endpoint(where)
     if chosen.needs_server:
         check_connecting(endpoint_at)
+        check_reach(endpoint_at, client_keys(curve_key, curve_server))  # before torch takes seconds to load
     with status("loading torch and transformers", spins=spins) as tell:
         import torch
 

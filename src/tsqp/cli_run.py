@@ -6,6 +6,7 @@ Who types ``tsqp run`` does not come by here: ``tsqp.__main__`` gives that to :m
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,25 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
 
 
+def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, in the place of its ``**rest``, these options of the table, in the table's order."""
+    shared_ones = [_parameter(name, option) for name, option in OPTIONS.items() if name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        _take(command, [*own, *shared_ones])
+        return command
+
+    return decorate
+
+
+def _take(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Shows typer these parameters as those of ``command``."""
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
 def _run(**options: Any) -> None:
     """Continues prompts as [bold]tsqp generate[/] does, in a small process: for a runner in an enclave.
 
@@ -42,7 +62,5 @@ def _run(**options: Any) -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds the command to those of ``app``."""
-    parameters = [_parameter(name, option) for name, option in OPTIONS.items()]
-    vars(_run)["__signature__"] = inspect.Signature(parameters)
-    _run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    _take(_run, [_parameter(name, option) for name, option in OPTIONS.items()])
     app.command("run", epilog='Example: [bold]echo "And the king said" | tsqp run --threads 2[/]')(_run)
