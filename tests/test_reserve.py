@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
-from carriers import CARRIERS, CHUNK, COUNT, Background, Pair, pair_over
+from carriers import CARRIERS, CHUNK, COUNT, Background, Pair, pair_over, pass_on
+from patience import until
 from peers import PATIENCE_S
 from wire_bytes import DTYPES, same_bits, tensor_of
 
@@ -47,6 +49,39 @@ def test_matmul_writes_the_message(pair: Pair, rows: int) -> None:
     assert (received[0].tag, received[0].meta) == (5, {"k": 1})
     assert same_bits(received[0].tensors[0], a @ b)
     assert same_bits(received[0].tensors[1], a)
+
+
+@pytest.mark.parametrize("transfer", [False, True])
+def test_the_block_ends_when_the_whole_message_is_on_its_way(endpoint: str, transfer: bool) -> None:
+    """Whenever the peer begins to read, nothing more has to be called here; unless the rest was to follow later."""
+    with pair_over(CARRIERS["ring-tiled"], endpoint) as pair:
+        receiving = Background()
+        received = []
+
+        def receive() -> None:
+            until(lambda: pair.server.poll() and pair.client._sender._tail is not None)
+            time.sleep(0.1)  # far longer than what a sender waits that may go on later
+            received.append(pair.server.recv(PATIENCE_S))
+
+        receiving.start(receive)
+        spec = ((10 * CHUNK,), torch.uint8)
+        with pair.client.reserve([spec], timeout=PATIENCE_S, transfer=transfer) as out:
+            out[0].fill_(7)
+        assert pair.client.sending == transfer
+        if transfer:
+            until(lambda: pair.client.can_send() and not pair.client.sending)
+        receiving.join()
+        assert (received[0].tensors[0] == 7).all()
+
+
+def test_a_message_of_which_a_part_was_not_taken_in_time_is_given_up(endpoint: str) -> None:
+    with pair_over(CARRIERS["ring-tiled"], endpoint) as pair:
+        with pytest.raises(WaitTimeoutError), pair.client.reserve([((10 * CHUNK,), torch.uint8)], timeout=0.1):
+            pass
+        assert not pair.client.sending
+        with pytest.raises(WaitTimeoutError):
+            pair.server.recv(0.1)
+        pass_on(pair.client, pair.server, [torch.ones(3)])
 
 
 def test_tensors_lie_in_the_slot(ring: Pair) -> None:

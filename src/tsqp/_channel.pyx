@@ -179,7 +179,8 @@ cdef class Port:
         return self._send_slow(kept, packed, fields, timeout, transfer, wire)
 
     def reserve(self, specs, *, uint32_t tag=0, meta=None, uint64_t request_id=0, int status=0, uint32_t flags=0,
-                uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None):
+                uint32_t site=0, uint64_t index=0, uint64_t compute_ns=0, uint64_t queue_ns=0, timeout=None,
+                bint transfer=False):
         """A ``with`` block over tensors that lie in a free slot, to be computed in place; sent when the block ends.
 
         ``with ch.reserve([((4, 2048), torch.float32)]) as out: torch.matmul(a, b, out=out[0])``
@@ -187,10 +188,11 @@ cdef class Port:
         Args:
             specs: for each tensor a pair of shape and torch dtype, or a tensor to be like.
             timeout: seconds to wait for a free slot; None waits for ever, but notices a dead peer.
+            transfer: the rest of a message in tiles may be written by later calls; else the block ends when all is.
 
-        The other arguments are :meth:`send`'s. The tensors start with arbitrary contents and are valid inside the block. An exception inside it sends
-        nothing. A message that does not fit a slot, or has none, is built in private memory and sent at the end of
-        the block. Other threads' sends wait meanwhile.
+        The other arguments are :meth:`send`'s. The tensors start with arbitrary contents and are valid inside the
+        block. An exception inside it sends nothing. A message that does not fit a slot, or has none, is built in
+        private memory and sent at the end of the block. Other threads' sends wait meanwhile.
 
         Raises:
             ShapeError: a tensor was resized or replaced inside the block, as ``out=`` of a wrong shape does; nothing
@@ -200,7 +202,7 @@ cdef class Port:
         reservation.port, reservation.codec = self, self._encoder
         reservation.fields = (tag, flags, request_id, status, site, index, compute_ns, queue_ns)
         reservation.specs, reservation.meta = specs, meta_of(meta)
-        reservation.deadline = deadline_of(timeout)
+        reservation.deadline, reservation.transfer = deadline_of(timeout), transfer
         return reservation
 
     cdef int _enter_send(self, uint64_t deadline) except -1:

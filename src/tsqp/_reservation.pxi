@@ -10,7 +10,7 @@ cdef class Reservation:
     cdef object specs
     cdef bytes meta
     cdef uint64_t deadline
-    cdef bint in_slot
+    cdef bint in_slot, transfer
     cdef list tensors
 
     def __enter__(self):
@@ -62,7 +62,10 @@ cdef class Reservation:
                 c.tsqp_ring_cancel(self.port._tx.ptr, &self.slot)
             self.port._leave_send()
         if kind is None and not self.in_slot:
+            # The memory is this block's own: nobody has to wait until libzmq is done with it.
             self.port._send_slow(self.tensors, self.meta, self.fields, self._left(), True, None)
+            if self.port.flush_due and not self.transfer:
+                self.port._send_rest(self.deadline)
         return False
 
     cdef int _publish(self) except -1:

@@ -108,6 +108,13 @@ class Channel(Port):
             self._round_trips.note_sent(fields[_REQUEST_ID], begin_ns, waited_ns, nbytes, way)
             return nbytes
 
+    def _send_rest(self, deadline: int) -> None:
+        """Writes what is left of a large message that was given away. Raises like a send."""
+        with self.send_gate:
+            if self._closed:
+                raise ClosedError(f"the channel to {self.peer} is closed; connect again")
+            self._sender.flush(deadline)
+
     def start_learning(self, measured: dict[str, Cost]) -> None:
         """Takes what carriers cost here; the ring is measured now."""
         assert self._tx is not None

@@ -107,7 +107,7 @@ class CudaWork:
         ``fields`` are those of ``Channel.reserve``. Returns the nanoseconds since ``begin_ns`` that computing and
         copying took.
         """
-        reservation = channel.reserve([(t.shape, t.dtype) for t in tensors], **fields)
+        reservation = channel.reserve([(t.shape, t.dtype) for t in tensors], transfer=True, **fields)
         with reservation as slot:
             for out, result in zip(slot, tensors, strict=True):
                 out.copy_(result, non_blocking=True)

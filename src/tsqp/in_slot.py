@@ -38,7 +38,7 @@ def send_in_slot(channel: Any, reply: InSlot, begin_ns: int, queue_ns: int, **fi
     Returns the nanoseconds since ``begin_ns`` that computing took. Raises :class:`ComputingError`, else what
     ``Channel.reserve`` does.
     """
-    reservation = channel.reserve(reply.specs, **fields)
+    reservation = channel.reserve(reply.specs, transfer=True, **fields)
     with reservation as outs:
         try:
             reply.compute_into(outs)
