@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
 import tsqp
+from tsqp.descriptors import Reserve
 from tsqp.errors import (
     ConnectError,
     EndpointError,
@@ -301,3 +303,26 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def test_a_reserve_that_was_given_up_takes_nothing_to_see_what_is_left(monkeypatch):
+    """What it took for a moment a client may need in that moment; the process would be aborted."""
+    with open(os.devnull) as source:
+        reserve = Reserve(source.fileno())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = len(os.listdir("/proc/self/fd"))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))
+            reserve.look()
+            assert reserve.scarce
+            taken, dup = [], os.dup
+            monkeypatch.setattr(os, "dup", lambda fd: taken.append(fd) or dup(fd))
+            reserve.look()
+            assert reserve.scarce
+            assert not taken
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 32, hard))
+            reserve.look()
+            assert not reserve.scarce
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            reserve.close()

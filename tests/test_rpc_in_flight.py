@@ -7,12 +7,24 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rpc_support import GEOMETRY, HIDDEN, PATIENCE_S, VOCAB, LyingServer, client_of, endpoint_in, until
+from rpc_support import (
+    GEOMETRY,
+    HIDDEN,
+    PATIENCE_S,
+    VOCAB,
+    LyingServer,
+    client_of,
+    endpoint_in,
+    serving,
+    tiny_model,
+    until,
+)
 
 from tsqp.client import GPUClient
 from tsqp.errors import ClosedError, MessageError, PeerDiedError, ProtocolError, RemoteError
@@ -258,6 +270,32 @@ def test_closing_ends_everything_in_flight(tmp_path):
                 again()
 
 
+class Interrupting:
+    """A lock whose first release is followed by Ctrl-C at once."""
+
+    def __init__(self, lock: Any) -> None:
+        self.acquire, self._release, self._once = lock.acquire, lock.release, True
+
+    def release(self) -> None:
+        self._release()
+        if self._once:
+            self._once = False
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_between_sending_and_receiving(tmp_path):
+    """The reply is dropped when it comes, and whoever asks next reads."""
+    with serving(tiny_model(), tmp_path) as server, client_of(server) as client:
+        client.ping()
+        client._flight._sending = Interrupting(client._flight._sending)
+        with pytest.raises(KeyboardInterrupt):
+            client.ping()
+        assert not client._flight._reading.locked()
+        for _ in range(3):
+            assert client.ping() > 0
+        assert client.stale_replies == 1
+
+
 def test_an_interrupt_leaves_the_call_usable(tmp_path):
     """Ctrl-C while a result is waited for: the handle can be asked again, a blocking call's reply is dropped."""
     server = Holding(1, [0])
@@ -267,12 +305,18 @@ def test_an_interrupt_leaves_the_call_usable(tmp_path):
         assert main is not None
         server.expect(3, [0, 1, 2])
         pending = client.submit.lm_head(head_of(1))
-        for ask in (pending.result, lambda: client.lm_head(head_of(2))):
-            timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
-            timer.start()
-            with pytest.raises(KeyboardInterrupt):
+
+        def interrupt(held: int) -> None:
+            until(lambda: len(server.held) == held and client._flight._reading.locked())
+            time.sleep(0.05)  # now it waits
+            signal.pthread_kill(main, signal.SIGINT)
+
+        for held, ask in enumerate((pending.result, lambda: client.lm_head(head_of(2))), 1):
+            interrupting = threading.Thread(target=interrupt, args=(held,))
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it may come as soon as the thread runs)
+                interrupting.start()
                 ask()
-            timer.join()
+            interrupting.join()
         assert torch.equal(client.lm_head(head_of(3)), answer_of(3))
         assert torch.equal(pending.result(), answer_of(1))
         assert client.stale_replies == 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -305,12 +306,28 @@ channel.close()
 """
 
 
+def test_a_signal_that_comes_at_once_ends_the_server(tmp_path, monkeypatch):
+    """Before it has begun to open."""
+
+    @contextmanager
+    def at_once(request):
+        request()
+        yield
+
+    monkeypatch.setattr("tsqp.server.stop_signals", at_once)
+    server = server_of(tiny_model(), endpoint_in(tmp_path))
+    server.serve()
+    assert server.stats["clients"] == 0
+    with server, client_of(server) as client:  # and it can be started afterwards
+        assert client.ping() > 0
+
+
 @pytest.mark.parametrize("how", ["killed", "closed"])
 def test_a_client_that_is_gone_with_a_full_ring_is_forgotten(tmp_path, how):
     with serving(tiny_model(), tmp_path) as server:
         subprocess.run([sys.executable, "-c", LEAVE, server.endpoint, how], timeout=PATIENCE_S, check=False)
+        until(lambda: server.stats["clients_seen"] == 1)
         until(lambda: server.stats["clients"] == 0)
-        assert server.stats["clients_seen"] == 1
         with client_of(server) as client:
             assert client.ping() > 0
 
@@ -410,6 +427,7 @@ def test_statistics_of_both_ends_agree(tmp_path):
 def test_print_stats(tmp_path, capsys):
     with serving(tiny_model(), tmp_path) as server, client_of(server) as client:
         client.lm_head(H)
+        until(lambda: server.stats["calls"].get("LMHead") == 1)  # counted once the reply is sent
         client.print_stats()
         server.print_stats()
     out = capsys.readouterr().out

@@ -17,6 +17,8 @@ _FREE = 8
 #: Kept back for clients that have to be refused.
 _HELD = 8
 _PLENTY = 1 << 16
+#: An entry for each descriptor of this process.
+_OPENED = "/proc/self/fd"
 #: What the system says where no more descriptors can be opened.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
@@ -90,14 +92,26 @@ class Reserve:
 
     def look(self) -> None:
         """Gives the reserve up, or takes it back, as descriptors come and go. Cheap; called often."""
-        wanted = _FREE if self._held else _FREE + _HELD
-        free = _take(self._source, wanted)
-        if not free:
+        if self._left() < (_FREE if self._held else _FREE + _HELD):
             give_back(self._held)
         elif not self._held:
-            self._held = free[_FREE:]
-            del free[_FREE:]
-        give_back(free)
+            self._held = _take(self._source, _HELD)
+
+    def _left(self) -> int:
+        """How many more can be opened, at most `_FREE` and `_HELD`. They are counted: to try would take the last ones
+        for a moment, in which a client may come."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError):
+            # Since Linux 6.2 the directory's size is the number of its entries; before, it is 0.
+            opened = os.stat(_OPENED).st_size or len(os.listdir(_OPENED)) - 1
+            if limit == resource.RLIM_INFINITY or limit - opened > _FREE + _HELD:
+                return _FREE + _HELD
+            return limit - opened
+        wanted = _FREE if self._held else _FREE + _HELD  # no /proc here
+        taken = _take(self._source, wanted)
+        count = len(taken)
+        give_back(taken)
+        return count
 
     def close(self) -> None:
         give_back(self._held)

@@ -42,7 +42,9 @@ from .wake_pipe import WakePipe
 log = logging.getLogger("tsqp.listener")
 
 _RETRY_MS = 10
-_FAREWELL_S = 0.5
+_FAREWELL_S = 1.0
+#: How long libzmq then goes on with what it has for clients that take it slowly.
+_LINGER_MS = 1000
 #: What libzmq takes ahead of the I/O thread, messages of each client; it knows no limit in bytes. Not fewer: on a Unix
 #: socket it throws away what it has no room for when the other end closes, the goodbye among it.
 _LIBZMQ_AHEAD = 1000
@@ -52,7 +54,7 @@ _DEALER_FRAMES_MIN = 2
 #: How often a client may measure the connection before it is ready.
 MAX_PROBES = 16
 #: Whoever broke the protocol and is told to go has this long to hear it.
-_CUT_OFF_S = 0.1
+_CUT_OFF_S = 1.0
 #: How often deadlines are looked at.
 _DEADLINES_S = 0.02
 
@@ -171,7 +173,7 @@ class Hub:
                 os.unlink(self._socket_path)
         self._outbox.clear()  # gives back memory a sender still waits for
         # Goodbyes are with libzmq by now; give them a moment to leave.
-        self._router.close(200)
+        self._router.close(_LINGER_MS)
         if self._lock is not None:
             self._lock.close()
         self.owner = None

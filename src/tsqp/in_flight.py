@@ -63,17 +63,32 @@ class InFlight(CallTable):
     def run(self, call: PendingCall[T], timeout: float | None) -> T:
         """Sends a request and returns its result. Raises :class:`WaitTimeoutError` after ``timeout`` seconds."""
         begin = time.perf_counter_ns()
-        # acquire and release, here and below: a with statement costs twice as much.
-        self._sending.acquire()
+        alone = known = False
         try:
-            alone = not self._pending and self._reading.acquire(False)
+            # acquire and release, here and below: a with statement costs twice as much.
+            self._sending.acquire()
+            try:
+                alone = not self._pending and self._reading.acquire(False)
+                if alone:
+                    self._prepare(call)
+                    known = True
+                    self._transmit(call, timeout)
+                else:
+                    self._submit(call, timeout)
+            finally:
+                self._sending.release()
             if alone:
-                self._send_alone(call, timeout)
-            else:
-                self._submit(call, timeout)
+                self._receive_alone(call, timeout, begin)
+        except BaseException:
+            if known and call.state == OPEN and call.request_id not in self._lost:
+                self._lose(call, Outcome.UNKNOWN)  # Ctrl-C, between two steps
+            raise
         finally:
-            self._sending.release()
-        return self._receive_alone(call, timeout, begin) if alone else self._finish(call, timeout, begin)
+            if alone:
+                self._reading.release()
+                if self._waiters or self._writing or self._awaited:
+                    self._relieve()
+        return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
 
     def ask(self, call: PendingCall[T]) -> T:
         """:meth:`run` with the client's timeout."""
@@ -143,16 +158,6 @@ class InFlight(CallTable):
             call.shapes = call.history.plan()
         call.request_id = self._next_id
         self._next_id += 1
-
-    def _send_alone(self, call: PendingCall[Any], timeout: float | None) -> None:
-        """Callers hold `_reading` too, which is released if this fails."""
-        try:
-            self._prepare(call)
-            self._transmit(call, timeout)
-        except BaseException:
-            self._reading.release()
-            self._relieve()
-            raise
 
     def _enlist(self, call: PendingCall[Any], begin_ns: int, nbytes: int) -> None:
         with self._table:
@@ -257,9 +262,9 @@ class InFlight(CallTable):
 
     # --- receiving -----------------------------------------------------------------------------------------
 
-    def _receive_alone(self, call: PendingCall[T], timeout: float | None, begin: int) -> T:
-        """The result of a call that nothing was in flight beside when it was sent, and of which the table need not
-        know. The caller holds `_reading`, which is released.
+    def _receive_alone(self, call: PendingCall[Any], timeout: float | None, begin: int) -> None:
+        """Settles a call that nothing was in flight beside when it was sent, and of which the table need not know; or
+        puts it there, where another reply came first. Callers hold `_reading`.
         """
         try:
             reply = self._recv(timeout, call.site.forecast)
@@ -276,14 +281,6 @@ class InFlight(CallTable):
         except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
             self._enlist(call, begin, 0)
             self._fail_all(error)
-        except BaseException:
-            self._lose(call, Outcome.UNKNOWN)
-            raise
-        finally:
-            self._reading.release()
-            if self._waiters or self._writing or self._awaited:
-                self._relieve()
-        return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
 
     def _finish(self, call: PendingCall[T], timeout: float | None, begin: int) -> T:
         """The result of a call in the table; if it does not come in time, nobody will ask for it any more."""

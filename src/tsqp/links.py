@@ -32,7 +32,8 @@ from .wake_pipe import WakePipe
 MAX_FRAME_BYTES = 4 << 30
 #: Handshakes pass, whatever the limit on messages is.
 MIN_FRAME_LIMIT = 4 << 20
-_FAREWELL_MS = 500
+#: How long a close waits for a server that does not take what was sent.
+_FAREWELL_MS = 2000
 #: What a message costs beside its bytes; without it a peer could fill the memory with empty ones.
 _MESSAGE_BYTES = 1 << 10
 #: What the client takes from libzmq ahead of its reader, in messages; the rest waits there and then at the server.

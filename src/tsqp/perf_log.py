@@ -186,8 +186,10 @@ class PerfLog:
 
     def _run(self) -> None:
         try:
-            while not self._closing and not self.failure:
+            closing = False
+            while not closing and not self.failure:
                 self._wake.acquire(timeout=INTERVAL_S)
+                closing = self._closing  # looked at first: rows may be noted up to the close
                 self._flush()
             if not self.failure:
                 self._write(self._titles() + self._summary())

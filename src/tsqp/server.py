@@ -165,6 +165,8 @@ class GPUServer:
         signal does what it did before this call. After :meth:`start` this only waits for the background
         thread.
         """
+        if self._thread is None:
+            self._stopping = False  # before signals come here: one may come at once
         with stop_signals(self._request_stop):
             if self._thread is not None:
                 while self._thread.is_alive():
@@ -181,6 +183,7 @@ class GPUServer:
         """Binds the endpoint, serves in a background thread and returns the server; :meth:`stop` ends it."""
         if self._thread is not None:
             raise ConfigError("the server is running already; stop it before starting it again")
+        self._stopping = False
         self._open()
         self._thread = threading.Thread(target=self._run, name="tsqp-server", daemon=True)
         self._thread.start()
@@ -250,7 +253,6 @@ class GPUServer:
             self._listener.interrupt()
 
     def _open(self) -> None:
-        self._stopping = False
         if self._served.device.type == "cuda":
             with torch.inference_mode(), current(self._served.device):
                 self._operators.warm_up()
