@@ -62,8 +62,7 @@ class Peer:
         if not self._wire.poll(PATIENCE_S):
             raise AssertionError(f"the peer process {self.pid} says nothing")
         value = self._wire.recv()
-        if isinstance(value, BaseException):
-            raise value
+        _raise_if_error(value)
         return value
 
     def ask(self, name: str, *arguments: Any) -> Any:
@@ -95,9 +94,7 @@ class Peer:
         """Raises what went wrong in a peer that was killed before anybody heard it."""
         try:
             while self._wire.poll():
-                value = self._wire.recv()
-                if isinstance(value, BaseException):
-                    raise value
+                _raise_if_error(self._wire.recv())
         except (EOFError, ConnectionResetError):
             return
 
@@ -108,6 +105,13 @@ class Peer:
         self.process.join(PATIENCE_S)
         self.process.close()
         self._wire.close()
+
+
+def _raise_if_error(value: Any) -> None:
+    if isinstance(value, Exception):
+        raise value
+    if isinstance(value, BaseException):  # a KeyboardInterrupt there is not meant for whoever runs the tests
+        raise AssertionError(f"the peer process ended with {value!r}")
 
 
 def _run(
@@ -205,8 +209,8 @@ def wait_for_ever(wire: Connection, handle: Any, role: str, wait: str) -> None:
         with ring.acquire_read(timeout) if role == "reader" else ring.acquire_write(timeout, 0):
             return "acquired"
 
-    wire.send("waiting")
     try:
+        wire.send("waiting")
         wire.send(acquire())
     except KeyboardInterrupt:
         wire.send("interrupted")
@@ -411,8 +415,8 @@ def receive_for_ever(wire: Connection, endpoint: str, options: dict[str, Any]) -
     import tsqp
 
     with tsqp.connect(endpoint, **options) as channel:
-        wire.send("waiting")
         try:
+            wire.send("waiting")
             wire.send(channel.recv().request_id)
         except KeyboardInterrupt:
             wire.send("interrupted")

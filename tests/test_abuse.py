@@ -93,26 +93,40 @@ def begun(start_peer: StartPeer, name: str, listener: Listener, rate: float = RA
     return attacker
 
 
-def under_attack(listener: Listener, healthy: Healthy, attacker: Peer, carrier: Carrier) -> int:
-    """What must be true while an attack goes on; returns how many messages were echoed meanwhile."""
-    attacker.say("begin")
-    begin, count = time.monotonic(), 0
-    while time.monotonic() < begin + TURNS / RATE:
+def attacked(attacker: Peer, meanwhile: Callable[[], object], turns: float) -> int:
+    """Has the attacker act, again and again where this machine lets it act slowly, until it had so many turns; calls
+    `meanwhile` as long. Returns how many it had."""
+    had = 0
+    while had <= turns:
+        attacker.say("begin")
+        meanwhile()
+        attacker.say("enough")
+        had += attacker.hear()[0]
+    return had
+
+
+def during(seconds: float, act: Callable[[], object]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        act()
+
+
+def check_served(listener: Listener, healthy: Healthy, carrier: Carrier) -> None:
+    """What must be true while an attack goes on."""
+
+    def echo() -> None:
         healthy.echo(1000)
         healthy.echo(3 * CHUNK)
-        count += 2
+
+    during(TURNS / RATE, echo)
     with tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as late:
         for _ in range(5):
             Healthy(late).echo(1000)
-    attacker.say("enough")
-    turns, *_ = attacker.hear()
-    assert turns > TURNS / 3, "there was an attack"
-    return count
 
 
 @pytest.mark.parametrize("name", ATTACKERS)
 def test_clients_are_served_while_a_server_is_attacked(endpoint, carrier, start_peer, monkeypatch, shm_directory, name):
-    monkeypatch.setattr(door, "HANDSHAKE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(door, "HANDSHAKE_TIMEOUT_S", 3.0)
     with (
         served(carrier, endpoint) as listener,
         tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as channel,
@@ -123,34 +137,38 @@ def test_clients_are_served_while_a_server_is_attacked(endpoint, carrier, start_
         hub = listener._hub
         attacker = begun(start_peer, name, listener)
         before, memory, segments = descriptors(), resident_bytes(), len(list(shm_directory.iterdir()))
-        assert under_attack(listener, healthy, attacker, carrier) > 0
+        attacked(attacker, lambda: check_served(listener, healthy, carrier), TURNS / 3)
         until(lambda: len(hub.clients) == 1 == len(hub.connections), "only the healthy client is left")
         until(lambda: descriptors() <= before + 2, "no descriptor is left")
         until(lambda: len(list(shm_directory.iterdir())) <= segments, "no segment is left")
         assert resident_bytes() - memory < GROWN_BYTES
-        assert not hub._hellos
+        until(lambda: not hub._hellos)
         healthy.echo(1000)
 
 
-def test_connections_without_number_do_not_take_the_descriptors(endpoint, start_peer):
-    carrier = CARRIERS["ring"]
+def test_connections_without_number_do_not_take_the_descriptors(endpoint, start_peer, monkeypatch):
+    carrier, counts = CARRIERS["ring"], [0]
+    look = connections.Connections.look
+    note = counts.append
+    monkeypatch.setattr(connections.Connections, "look", lambda self, *args: note(len(self)) or look(self, *args))
     with served(carrier, endpoint) as listener:
         attacker = begun(start_peer, "open and left", listener, 2000.0)
         before = descriptors()
         attacker.say("begin")
-        most, end = 0, time.monotonic() + 1.0
-        while time.monotonic() < end:
-            most = max(most, len(listener._hub.connections))
-            assert descriptors() < before + 4 * connections.MAX_STRANGERS
-            time.sleep(0.005)
-        assert most >= connections.MAX_STRANGERS  # there were more than may be
+        until(lambda: max(counts) >= connections.MAX_STRANGERS, "there were more than may be")
+        for _ in range(50):  # libzmq may accept many before anybody looks at them, but not more and more
+            until(lambda: descriptors() < before + 4 * connections.MAX_STRANGERS)
+            time.sleep(0.02)
         attacker.say("enough")
-        assert attacker.hear()[0] > 300
+        attacker.hear()
 
 
-def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(endpoint, start_peer, shm_directory):
+def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(
+    endpoint, start_peer, shm_directory, monkeypatch
+):
     """With all but one place taken, and attackers that want it: whoever finishes gets in, at once."""
     carrier = CARRIERS["ring"]
+    monkeypatch.setattr("tsqp.admission.WASTE_S", 0.0)  # or who had some is out before the last one came
     with served(carrier, endpoint, max_clients=5) as listener:
         attackers = [begun(start_peer, "half-open", listener, RATE / 4) for _ in range(4)]
         for attacker in attackers:
@@ -162,7 +180,7 @@ def test_handshakes_that_are_not_finished_take_neither_places_nor_memory(endpoin
             for channel in channels:
                 Healthy(channel).echo(1000)
             assert len(list(shm_directory.iterdir())) <= 4
-            assert len([each for each in listener._hub.clients.values() if each.channel]) >= count
+            assert len([each for each in list(listener._hub.clients.values()) if each.channel]) >= count
         for attacker in attackers:
             attacker.say("enough")
             attacker.hear()
@@ -197,17 +215,15 @@ def test_a_process_cannot_make_connections_in_vain_without_number(endpoint, star
     spoke = connections.Connections.spoke
     monkeypatch.setattr(connections.Connections, "spoke", lambda *args: heard.append(args) or spoke(*args))
     with served(carrier, endpoint) as listener:
-        attacker = begun(start_peer, "other version", listener, 1000.0)
-        attacker.say("begin")
-        count, end = 0, time.monotonic() + 1.0
-        while time.monotonic() < end:
+        attacker, mine = begun(start_peer, "other version", listener, 1000.0), []
+
+        def come_and_go() -> None:
             with tsqp.connect(listener.endpoint, PATIENCE_S, **carrier.connect_options) as channel:
                 Healthy(channel).echo(1000)
-            count += 1
-        attacker.say("enough")
-        turns, *_ = attacker.hear()
-        assert turns > 300
-        assert len(heard) - count < turns / 4
+            mine.append(1)
+
+        turns = attacked(attacker, lambda: during(1.0, come_and_go), 300)
+        assert len(heard) - len(mine) < turns / 4
 
 
 @pytest.mark.parametrize("name", ["half-open", "replay", "flood", "large flood"])
@@ -218,14 +234,13 @@ def test_a_server_of_a_model_is_attacked(tmp_path, start_peer, name):
     expected = torch.nn.functional.linear(h, model.lm_head.weight.detach())
     with serving(model, tmp_path, limits=Limits(unread_bytes=64 << 20)) as server, client_of(server) as runner:
         attacker = begun(start_peer, name, server._listener)
-        attacker.say("begin")
-        end = time.monotonic() + TURNS / RATE
-        while time.monotonic() < end:
-            torch.testing.assert_close(runner.lm_head(h), expected)
-        with client_of(server) as late:
-            torch.testing.assert_close(late.lm_head(h), expected)
-        attacker.say("enough")
-        assert attacker.hear()[0] > TURNS / 10
+
+        def check_results() -> None:
+            during(TURNS / RATE, lambda: torch.testing.assert_close(runner.lm_head(h), expected))
+            with client_of(server) as late:
+                torch.testing.assert_close(late.lm_head(h), expected)
+
+        attacked(attacker, check_results, TURNS / 10)
         until(lambda: server.stats["clients"] == 1, "only the runner is left")
         torch.testing.assert_close(runner.lm_head(h), expected)
 

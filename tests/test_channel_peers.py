@@ -29,6 +29,7 @@ from carriers import (
     recv_numbered,
     send_numbered,
 )
+from patience import until
 from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
@@ -138,7 +139,8 @@ def test_stats_of_both_processes_agree(ends, carrier):
 def test_messages_of_a_dead_peer_arrive_then_its_death_is_told(ends, carrier, wait, death):
     sizes = [SMALL, SMALL if carrier.large == "tile" else LARGE, 10]
     ends.peer.ask("send", sizes)
-    time.sleep(0 if carrier.shm else 0.2)  # what libzmq still has to write when its process dies is lost with it
+    if not carrier.shm:  # what libzmq still has to write when its process dies is lost with it
+        until(lambda: ends.channel.poll() and ends.channel.waiting == len(sizes))
     if death == "SIGKILL":
         ends.peer.kill()
     else:

@@ -260,7 +260,7 @@ def test_generate_is_the_same_in_every_placement(server: Served, capsys: pytest.
 
 
 def test_generate_streams(server: Served) -> None:
-    process = start("generate", "--prompt", PROMPT, "--max-new-tokens", "100", "--endpoint", server.endpoint)
+    process = start("generate", "--prompt", PROMPT, "--max-new-tokens", "400", "--endpoint", server.endpoint)
     assert process.stdout is not None
     first = os.read(process.stdout.fileno(), 1 << 16).decode()
     assert PROMPT.startswith(first) or first.startswith(PROMPT)
@@ -340,7 +340,7 @@ def test_ctrl_c_while_generating(server: Served) -> None:
 
 
 def test_reader_of_the_output_leaves(server: Served) -> None:
-    process = start("generate", "--prompt", PROMPT, "--max-new-tokens", "100", "--endpoint", server.endpoint)
+    process = start("generate", "--prompt", PROMPT, "--max-new-tokens", "900", "--endpoint", server.endpoint)
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 1)
     process.stdout.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from benchmarks import command
-from commands import LIMIT_S, Outcome, environment, finish, short_directory, tsqp_here
+from commands import LIMIT_S, Outcome, environment, finish, short_directory, tsqp_here, wait_for
 from rich.console import Console
 
 from tsqp import cli_bench
@@ -206,7 +206,7 @@ def test_ctrl_c_keeps_the_parts_that_ended_and_leaves_nothing_behind(tmp_path: P
     kept = read(tmp_path / "results" / "transport.json")
     assert (kept["interrupted"], list(kept["parts"])) == ("Ctrl-C", ["echo"])
     assert set(kept["parts"]["echo"]["cells"]) == {"tsqp", "pipe"}
-    assert of_session(process.pid) == []
+    wait_for(lambda: not of_session(process.pid), "the end of every process")
 
 
 def test_sigterm_keeps_the_operators_that_were_measured(tmp_path: Path) -> None:

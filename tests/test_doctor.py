@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import resource
@@ -210,6 +211,7 @@ def test_waking(
 
 
 def test_waking_is_measured_where_somebody_else_can_be_woken(tmp_path: Path) -> None:
+    gc.collect()
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     assert 0 < doctor_wake.wake_us() < 1e6
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before

@@ -39,12 +39,13 @@ def stand_in(directory: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Non
 
 
 @pytest.fixture
-def quiet(shm_directory: Path) -> Iterator[None]:
-    """Fails where the echo leaves a directory behind."""
-    places = (shm_directory, Path(tempfile.gettempdir()))
-    before = {path for place in places for path in place.glob("*doctor*")}
+def quiet(shm_directory: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where the echo leaves anything behind. The directory for temporary files is the test's own."""
+    place = Path(endpoint.removeprefix("ipc://")).parent
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("TMPDIR", str(place))
     yield
-    assert {path for place in places for path in place.glob("*doctor*")} <= before
+    assert [*place.iterdir(), *shm_directory.iterdir()] == []
 
 
 @pytest.mark.parametrize(

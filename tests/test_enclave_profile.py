@@ -179,7 +179,7 @@ def test_deadly_rule(probe: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("whom", ["the launcher", "the program"])
 def test_signals_of_the_host_are_ignored(number: int, whom: str, tmp_path: Path) -> None:
-    started = Started(python("-c", "import time; time.sleep(0.5); print('alive')"), tmp_path)
+    started = Started(python("-c", "import time; time.sleep(2); print('alive')"), tmp_path)
     wait_for(lambda: started.pid, "the start inside")
     os.kill(started.process.pid if whom == "the launcher" else started.pid, number)
     assert started.finish() == Inside(0, "alive\n", "", {})

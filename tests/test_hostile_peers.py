@@ -18,7 +18,7 @@ from peers import PATIENCE_S, Peer
 from wire_bytes import numbered
 
 import tsqp
-from tsqp import door
+from tsqp import door, hub
 from tsqp import handshake as hs
 from tsqp.config import parse_endpoint
 from tsqp.errors import (
@@ -27,6 +27,7 @@ from tsqp.errors import (
     PeerDiedError,
     ProtocolError,
 )
+from tsqp.frames import received
 from tsqp.listener import Listener
 
 StartPeer = Callable[..., Peer]
@@ -133,19 +134,16 @@ def shake_hands(dealer: zmq.Socket) -> None:
 
 
 class HelloFirst:
-    """A listener's router that hands out a hello before a goodbye, whichever came first."""
+    """Stands for the listener's look for a message: hands out a hello before a goodbye, whichever came first."""
 
-    def __init__(self, router: zmq.Socket) -> None:
-        self._router, self._ready = router, None
+    def __init__(self) -> None:
+        self.ready: list[list[zmq.Frame]] | None = None
 
-    def recv_multipart(self, **options: object) -> list[zmq.Frame]:
-        if self._ready is None:
-            self._ready = [self._router.recv_multipart(copy=False) for _ in range(2)]
-            self._ready.sort(key=len)  # a hello has a body
-        return self._ready.pop() if self._ready else self._router.recv_multipart(**options)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._router, name)
+    def __call__(self, router: zmq.Socket) -> list[zmq.Frame] | None:
+        if self.ready is None:
+            self.ready = [router.recv_multipart(copy=False) for _ in range(2)]
+            self.ready.sort(key=len)  # a hello has a body
+        return self.ready.pop() if self.ready else received(router)
 
 
 def test_a_client_that_left_does_not_keep_the_place_of_the_next(carrier, endpoint, monkeypatch):
@@ -156,12 +154,14 @@ def test_a_client_that_left_does_not_keep_the_place_of_the_next(carrier, endpoin
     ):
         shake_hands(leaving)
         with listener.accept(PATIENCE_S):
-            monkeypatch.setattr(listener._hub, "_router", HelloFirst(listener._hub._router))
+            swapped = HelloFirst()
+            monkeypatch.setattr(door, "_PLACE_S", PATIENCE_S)
+            monkeypatch.setattr(hub, "received", swapped)
             leaving.send_multipart([hs.envelope(hs.BYE)])
             coming.send_multipart([HELLO, hello()])
             assert coming.poll(int(PATIENCE_S * 1000))
             assert hs.open_envelope(coming.recv_multipart()[0])[0] == hs.WELCOME
-            monkeypatch.undo()
+            assert swapped.ready == []
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,7 @@ def test_a_client_that_floods_is_cut_off(carrier, endpoint):
         assert_works(*both)
 
 
-def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypatch, shm_directory):
-    monkeypatch.setattr(door, "HANDSHAKE_TIMEOUT_S", 0.3)
+def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, shm_directory):
     with (
         tsqp.listen(carrier.endpoint(endpoint), **carrier.listen_options, max_clients=1) as listener,
         raw_dealer(listener.endpoint) as dealer,
@@ -228,6 +227,8 @@ def test_a_handshake_that_is_never_finished_expires(carrier, endpoint, monkeypat
         dealer.send_multipart([HELLO, hello(shm=True)])
         assert hs.open_envelope(dealer.recv_multipart()[0])[0] == hs.WELCOME
         assert any(shm_directory.iterdir()) == carrier.shm
+        (waiting,) = listener._hub.clients.values()
+        waiting.deadline = 0.0  # as if its time had passed
         with client_of(listener, carrier) as both:  # its place is free again
             assert_works(*both)
             dealer.send_multipart([READY, msgpack.packb({"shm": False, "native": True})])  # too late

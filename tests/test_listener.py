@@ -12,6 +12,7 @@ import peers
 import pytest
 from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL, Background, Carrier, recv_numbered, send_numbered
 from ends import assert_works, client_of, path_of
+from patience import until
 from peers import PATIENCE_S, Peer
 from wire_bytes import check_numbered, numbered
 
@@ -104,10 +105,12 @@ def test_wait_wakes_for_a_message_from_another_process(listener, carrier, start_
             assert listener.wait(PATIENCE_S) == [server]
             check_numbered(server.recv(0), number, SMALL)
             assert peer.hear() == 1
-        threading.Timer(0.1, peer.kill).start()
+        killing = threading.Timer(0.1, peer.kill)
+        killing.start()
         assert listener.wait(PATIENCE_S) == [server]
         with pytest.raises(PeerDiedError):
             server.recv_nowait()
+        killing.join()
 
 
 def test_wait_wakes_for_a_new_client_and_for_an_interrupt(listener, carrier):
@@ -197,7 +200,7 @@ def test_a_client_that_comes_and_goes_leaves_nothing(listener, carrier, shm_dire
         if number == 4:
             before = len(os.listdir("/proc/self/fd"))
     assert not any(shm_directory.iterdir())
-    assert len(os.listdir("/proc/self/fd")) <= before + 5
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before + 5)
 
 
 # --- options and life -----------------------------------------------------------------------------------------

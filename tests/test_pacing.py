@@ -32,14 +32,17 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def holds(pace: Pace, pipe: tuple[int, int]) -> bool:
     """Whether the next wake-up waits, until somebody posts something."""
+    waits, called = threading.Event(), pace._called
+    pace._called = SimpleNamespace(poll=lambda ms: (waits.set(), called.poll(ms))[1])
     waiter = threading.Thread(target=pace.hold)
     waiter.start()
-    waiter.join(0.1)
-    held = waiter.is_alive()
+    until(lambda: waits.is_set() or not waiter.is_alive())
+    held = waits.is_set()
     os.write(pipe[1], b"x")
     waiter.join(PATIENCE_S)
     assert not waiter.is_alive()
     os.read(pipe[0], 1)
+    pace._called = called
     return held
 
 

@@ -91,7 +91,7 @@ def test_who_stops_waiting_leaves_the_reading_to_the_next(tmp_path):
 
         def impatient():
             with pytest.raises(TimeoutError):
-                calls[2].result(timeout=0.3)
+                calls[2].result(timeout=3.0)
 
         reader = threading.Thread(target=impatient)
         reader.start()
@@ -164,19 +164,27 @@ def test_limits_per_client_hold_with_many_in_flight(tmp_path):
 
 
 def test_the_time_in_the_servers_queue_is_told(tmp_path):
+    gate = threading.Event()
+
     class Slow(nn.Linear):
         def forward(self, x):
+            assert gate.wait(PATIENCE_S)
             time.sleep(0.02)
             return super().forward(x)
 
     model = tiny_model()
     model.lm_head = Slow(HIDDEN, VOCAB, bias=False)
     with serving(model, tmp_path) as server, client_of(server) as client:
-        for call in [client.submit.lm_head(torch.zeros(1, HIDDEN)) for _ in range(6)]:
+        client.init()
+        calls = [client.submit.lm_head(torch.zeros(1, HIDDEN)) for _ in range(GEOMETRY["max_chunks"])]
+        gate.set()
+        calls += [client.submit.lm_head(torch.zeros(1, HIDDEN)) for _ in range(6 - len(calls))]
+        for call in calls:
             call.result()
         mine = client.stats["operators"]["gpu_lm_head"]
-        # The first waits for nobody; that the second is there is noticed when the first is done.
-        assert mine["queue_seconds"] > 4 * 0.02
+        # The first waits for nobody; that the second is there is noticed when the first is done; the third and the
+        # fourth wait for the one before them, and the others for whatever they find.
+        assert mine["queue_seconds"] > 2 * 0.02
         assert mine["queue_seconds"] + mine["server_seconds"] <= mine["seconds"]
         until(lambda: server.stats["calls"].get("LMHead") == 6)
         assert server.stats["operators"]["gpu_lm_head"]["queue_seconds"] == pytest.approx(mine["queue_seconds"])

@@ -334,7 +334,7 @@ def test_a_signal_ends_it(server: Served, number: int, code: int) -> None:
 
 
 def test_the_reader_leaves(server: Served) -> None:
-    arguments = ("--prompt", PROMPT, "--max-new-tokens", "200", "--endpoint", server.endpoint, "--threads", "1")
+    arguments = ("--prompt", PROMPT, "--max-new-tokens", "900", "--endpoint", server.endpoint, "--threads", "1")
     with running(*arguments) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)

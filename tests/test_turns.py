@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsqp.turns import Turns
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 30))
 def test_clients_that_are_always_ready_begin_equally_often(count: int, rounds: int) -> None:
     turns, begun = Turns(), Counter[int]()
@@ -19,6 +20,7 @@ def test_clients_that_are_always_ready_begin_equally_often(count: int, rounds: i
     assert len(begun) == count
 
 
+@settings(deadline=None)
 @given(st.lists(st.sets(st.integers(0, 9)), min_size=30, max_size=60), st.integers(0, 9))
 def test_one_that_is_always_ready_begins_every_so_often(others: list[set[int]], patient: int) -> None:
     """However the others come and go."""
@@ -29,6 +31,7 @@ def test_one_that_is_always_ready_begins_every_so_often(others: list[set[int]], 
         assert waited < 10
 
 
+@settings(deadline=None)
 @given(st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1))
 def test_who_begins_is_ready(rounds: list[set[int]]) -> None:
     turns = Turns()
