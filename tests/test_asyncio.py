@@ -14,6 +14,7 @@ from wire_bytes import check_numbered, numbered, same_bits
 
 from tsqp import aio
 from tsqp.errors import ClosedError, WaitTimeoutError
+from tsqp.transport import Channel
 
 
 @pytest.fixture(params=CARRIERS)
@@ -161,3 +162,28 @@ def test_a_wait_for_a_message_has_an_end(pair: Pair) -> None:
             await pair.server.helper().wait(0.05)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("waited", [False, True], ids=["the first wait", "a later wait"])
+def test_close_just_before_a_wait_begins_ends_it(pair: Pair, monkeypatch: pytest.MonkeyPatch, waited: bool) -> None:
+    """After the look, and before the helper's thread knows of the wait."""
+    channel, helper = pair.client, Channel.helper
+
+    def close_then_help(self: Channel) -> aio.Helper:
+        monkeypatch.undo()
+        if waited:
+            found = helper(self)
+            self.close()
+            return found
+        self.close()
+        return helper(self)
+
+    async def receive() -> None:
+        if waited:
+            with pytest.raises(WaitTimeoutError):
+                await channel.arecv(0.05)
+        monkeypatch.setattr(Channel, "helper", close_then_help)
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(channel.arecv(None), PATIENCE_S)
+
+    asyncio.run(receive())

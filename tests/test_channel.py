@@ -22,9 +22,11 @@ from carriers import (
     recv_numbered,
     send_numbered,
 )
+from patience import until
 from peers import PATIENCE_S
 from wire_bytes import DTYPES, check_numbered, numbered, same_bits, tensor_of
 
+from tsqp._channel import Gate, Holder
 from tsqp.errors import ClosedError, DTypeError, MessageTooLargeError, MetaError, TooManyTensorsError, WaitTimeoutError
 from tsqp.transport import Channel
 
@@ -215,6 +217,35 @@ def test_sending_to_a_full_ring_ends_at_its_deadline_and_loses_nothing(endpoint)
         for number, nbytes in enumerate([LARGE, SMALL] * COUNT):
             message = pass_on(pair.client, pair.server, [numbered(number, nbytes)], request_id=number)
             check_numbered(message, number, nbytes)
+
+
+def is_free(gate: Gate) -> bool:
+    turn = Holder(gate)
+    try:
+        return turn.take()
+    finally:
+        turn.give()
+
+
+def test_the_deadline_holds_while_another_thread_sends(endpoint, background):
+    with pair_over(CARRIERS["ring"], endpoint) as pair:
+        send_numbered(pair.client, [SMALL] * COUNT)
+        background.start(pair.client.send, [numbered(COUNT, SMALL)], request_id=COUNT, timeout=PATIENCE_S)
+        until(lambda: not is_free(pair.client.send_gate))
+        with pytest.raises(WaitTimeoutError, match="another thread is sending"):
+            pair.client.send([numbered(99, SMALL)], request_id=99, timeout=0.1)
+        recv_numbered(pair.server, [SMALL] * (COUNT + 1))
+
+
+def test_what_was_given_away_outlives_the_deadline_of_the_next(endpoint, background):
+    with pair_over(CARRIERS["ring-tiled"], endpoint) as pair:
+        pair.client.send([numbered(0, 10 * CHUNK)], request_id=0, transfer=True)
+        with pytest.raises(WaitTimeoutError) as refused:
+            pair.client.send([numbered(99, SMALL)], request_id=99, timeout=0.1)
+        assert not refused.value.queued
+        background.start(pair.client.send, [numbered(1, SMALL)], request_id=1, timeout=PATIENCE_S)
+        check_numbered(pair.server.recv(PATIENCE_S), 0, 10 * CHUNK)
+        check_numbered(pair.server.recv(PATIENCE_S), 1, SMALL)
 
 
 def test_a_tiled_message_that_was_broken_off_is_given_up(endpoint):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from carriers import CARRIERS, COUNT, LARGE, SMALL, Carrier, pass_on, recv_numbered, send_numbered
+import zmq
+from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL, Carrier, pass_on, recv_numbered, send_numbered
 from ends import Ends, ends_over
+from patience import until
 from peers import PATIENCE_S
 from wire_bytes import check_numbered, numbered
 
@@ -129,3 +132,91 @@ def test_unannounced_messages_without_end_do_not_hold_a_receiver(direction, monk
         receiver.recv(TIMEOUT_S)
     assert receiver.recv_nowait() is None
     assert next(numbers) >= 2
+
+
+@pytest.mark.parametrize("carrier", ["ring"], indirect=True)
+def test_a_note_that_nobody_publishes_keeps_no_slot(direction):
+    sender, receiver = direction
+    for _ in range(COUNT + 1):
+        sender._encoder.announce(sender._tx, deadline_ns(PATIENCE_S))
+    assert_goes_on(sender, receiver, 0)
+
+
+def test_a_client_that_was_interrupted_between_two_frames_says_so(pair, monkeypatch):
+    """The next message would be taken for the rest of this one."""
+    socket = pair.client._link._socket
+
+    def cut(parts: list[Any], **options: Any) -> None:
+        socket.send(parts[0], zmq.NOBLOCK | zmq.SNDMORE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pair.client._link, "_socket", SimpleNamespace(send_multipart=cut, recv=socket.recv))
+    with pytest.raises(KeyboardInterrupt):
+        pair.client.send([numbered(0, LARGE)], timeout=PATIENCE_S)
+    monkeypatch.undo()
+    with pytest.raises(ClosedError, match="interrupted"):
+        pair.client.send([numbered(1, LARGE)], timeout=PATIENCE_S)
+
+
+class InterruptedEncoder:
+    """An encoder whose `count`-th call of one method is followed by Ctrl-C."""
+
+    def __init__(self, encoder: Any, name: str, count: int) -> None:
+        self._encoder, self._name, self._left = encoder, name, count
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._encoder, name)
+        if name != self._name:
+            return method
+
+        def call(*arguments: Any) -> Any:
+            found = method(*arguments)
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+            return found
+
+        return call
+
+
+TILES = 3  # of CHUNK bytes in a message
+
+
+@pytest.mark.parametrize("carrier", ["ring-tiled"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "count", "transfer", "arrives"),
+    [
+        ("write_tiled_head", 1, False, False),
+        ("write_tiled_head", 1, True, False),
+        ("write_tile", 1, False, False),
+        ("write_tile", 1, True, True),
+        ("write_tile", TILES, False, True),
+        ("write_tile", TILES, True, True),
+    ],
+)
+def test_ctrl_c_within_a_message_in_tiles(direction, monkeypatch, name, count, transfer, arrives):
+    """What was written counts as written: the message goes on from there, or is given up."""
+    sender, receiver = direction
+    codec = InterruptedEncoder(sender._encoder, name, count)
+    monkeypatch.setattr(sender._sender, "_codec", codec)
+    with pytest.raises(KeyboardInterrupt):
+        sender.send([numbered(0, TILES * CHUNK)], request_id=0, timeout=PATIENCE_S, transfer=transfer)
+    monkeypatch.undo()
+    if arrives:
+        check_numbered(pass_on_rest(sender, receiver), 0, TILES * CHUNK)
+    assert_goes_on(sender, receiver, 1)
+
+
+def pass_on_rest(sender: Channel, receiver: Channel) -> Any:
+    """Writes what is left of a message that was given away, and receives it."""
+    found: list[Any] = []
+
+    def look() -> bool:
+        sender.can_send()
+        held = receiver.recv_nowait(lease=False)
+        if held is not None:
+            found.append(held.message)
+        return bool(found)
+
+    until(look)
+    return found[0]

@@ -337,3 +337,21 @@ def test_listening_reaps_what_killed_servers_left(endpoint, start_peer, shm_dire
     with tsqp.listen(endpoint, **CARRIERS["ring"].listen_options):
         assert [entry.name for entry in shm_directory.iterdir()] == [alive_name]
     (shm_directory / alive_name).unlink()
+
+
+def test_a_close_that_was_interrupted_can_be_called_again(endpoint, monkeypatch):
+    with tsqp.listen(endpoint, 1 << 16, 2) as listener:
+        close = listener._hub.close
+
+        def interrupt():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(listener._hub, "close", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            listener.close()
+        assert listener._hub.close == close
+        listener.close()
+        assert not listener._hub._thread.is_alive()
+        with tsqp.listen(endpoint, 1 << 16, 2):
+            pass

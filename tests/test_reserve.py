@@ -11,7 +11,7 @@ import torch
 from carriers import CARRIERS, CHUNK, COUNT, Background, Pair, pair_over, pass_on
 from patience import until
 from peers import PATIENCE_S
-from wire_bytes import DTYPES, same_bits, tensor_of
+from wire_bytes import DTYPES, check_numbered, numbered, same_bits, tensor_of
 
 from tsqp.errors import (
     ClosedError,
@@ -72,6 +72,24 @@ def test_the_block_ends_when_the_whole_message_is_on_its_way(endpoint: str, tran
             until(lambda: pair.client.can_send() and not pair.client.sending)
         receiving.join()
         assert (received[0].tensors[0] == 7).all()
+
+
+@pytest.mark.parametrize("nbytes", [100, 2 * CHUNK])
+def test_what_was_given_away_before_is_written_first(endpoint: str, nbytes: int) -> None:
+    """From its own plan, which the block makes anew."""
+    with pair_over(CARRIERS["ring-tiled"], endpoint) as pair:
+        pair.client.send([numbered(1, 8 * CHUNK)], request_id=1, transfer=True)
+        assert pair.client.sending
+        receiving = Background()
+
+        def receive() -> None:
+            check_numbered(pair.server.recv(PATIENCE_S), 1, 8 * CHUNK)
+            check_numbered(pair.server.recv(PATIENCE_S), 2, nbytes)
+
+        receiving.start(receive)
+        with pair.client.reserve([numbered(2, nbytes)], request_id=2, timeout=PATIENCE_S) as out:
+            out[0].copy_(numbered(2, nbytes))
+        receiving.join()
 
 
 def test_a_message_of_which_a_part_was_not_taken_in_time_is_given_up(endpoint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -447,3 +448,43 @@ def test_options_are_keyword_only_and_geometry_must_be_whole():
         ShmRingBuffer(CHUNK, COUNT, None, None, True)
     with pytest.raises(ConfigError, match="create=False needs the name"):
         ShmRingBuffer(CHUNK, COUNT, create=False)
+
+
+def test_a_view_that_its_user_released_is_published_whole():
+    with ShmRingBuffer(4096, 2) as writer, ShmRingBuffer(*writer.handle()) as reader:
+        for data in (b"hello", b"again"):
+            with writer.acquire_write(PATIENCE_S, 5) as view, view:
+                view[:] = data
+            with reader.acquire_read(PATIENCE_S) as view, view:
+                assert bytes(view) == data
+
+
+def test_what_comes_with_a_signal_is_not_lost():
+    """The handler's exception comes out of the wait before anything is taken."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_):
+        raise StopError
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    main = threading.get_ident()
+    try:
+        with ShmRingBuffer(4096, 2, wait="spin") as reader, ShmRingBuffer(*reader.handle()) as writer:
+
+            def interrupt_and_write():
+                time.sleep(0.05)
+                signal.pthread_kill(main, signal.SIGUSR1)
+                with writer.acquire_write(PATIENCE_S, 5) as view:
+                    view[:] = b"hello"
+
+            thread = threading.Thread(target=interrupt_and_write)
+            with pytest.raises(StopError):  # noqa: PT012 (it may come as soon as the thread runs)
+                thread.start()
+                reader.acquire_read(PATIENCE_S).__enter__()
+            thread.join()
+            with reader.acquire_read(PATIENCE_S) as view:
+                assert bytes(view) == b"hello"
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -274,10 +274,13 @@ class Interrupting:
     """A lock whose first release is followed by Ctrl-C at once."""
 
     def __init__(self, lock: Any) -> None:
-        self.acquire, self._release, self._once = lock.acquire, lock.release, True
+        self._lock, self._once = lock, True
 
-    def release(self) -> None:
-        self._release()
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
         if self._once:
             self._once = False
             raise KeyboardInterrupt
@@ -294,6 +297,28 @@ def test_an_interrupt_between_sending_and_receiving(tmp_path):
         for _ in range(3):
             assert client.ping() > 0
         assert client.stale_replies == 1
+
+
+@pytest.mark.parametrize("step", ["_enlist", "_transmit", "_prepare"])
+def test_an_interrupt_while_a_request_is_submitted(tmp_path, monkeypatch, step):
+    """Nothing stays in flight that was never sent, and what builds upon it is told."""
+    with serving(tiny_model(), tmp_path) as server, client_of(server) as client:
+        client.ping()
+        flight = client._flight
+        after = getattr(flight, step)
+
+        def interrupt(*arguments):
+            monkeypatch.undo()
+            after(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(flight, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.submit.ping()
+        assert not flight._pending
+        for _ in range(3):
+            assert client.ping() > 0
+        client.submit.ping().result()
 
 
 def test_an_interrupt_leaves_the_call_usable(tmp_path):

@@ -18,17 +18,23 @@ import threading
 from . import errors as e
 
 cdef uint64_t NOW_NS = 0
+cdef double GATE_SLICE_S = 0.1
 
 
 cdef class Gate:
-    """A lock that costs nothing while nobody else wants it: the GIL protects the flag."""
+    """A lock that costs nothing while nobody else wants it: the GIL protects the flag.
+
+    Nothing here runs Python code between the taking and the return, so that a signal's exception never comes in
+    between: a gate that is not given back would end its channel.
+    """
 
     cdef bint held
     cdef Py_ssize_t waiters
-    cdef object freed
+    cdef object freed  # a plain lock, held while nothing was freed
 
     def __cinit__(self):
-        self.freed = threading.Condition()
+        self.freed = threading.Lock()
+        self.freed.acquire()
 
     cdef inline bint take(self) noexcept:
         if self.held:
@@ -38,36 +44,54 @@ cdef class Gate:
 
     cdef inline int give(self) except -1:
         self.held = False
-        if self.waiters:
-            with self.freed:
-                self.freed.notify()
+        if self.waiters and self.freed.locked():
+            self.freed.release()
         return 0
 
-    def _take(self):
-        return self.take()
-
-    def acquire(self, bint blocking=True, timeout=None):
-        """True once the gate is this caller's; False if it was not to be had in `timeout` seconds (None: for ever)."""
-        if self.take():
+    cdef bint wait(self, double seconds) except -1:
+        """True once the gate is the caller's; False if it was not to be had in so many seconds."""
+        cdef uint64_t now = c.tsqp_now_ns()
+        cdef uint64_t end = now + <uint64_t>(1e9 * min(seconds, 1e9))
+        self.waiters += 1
+        try:
+            while not self.take():
+                now = c.tsqp_now_ns()
+                if now >= end:
+                    return False
+                # In slices: who is woken may be interrupted, and the next one must come all the same.
+                self.freed.acquire(True, min((end - now) / 1e9, GATE_SLICE_S))
             return True
-        if not blocking:
-            return False
-        with self.freed:
-            self.waiters += 1
-            try:
-                return self.freed.wait_for(self._take, timeout)
-            finally:
-                self.waiters -= 1
+        finally:
+            self.waiters -= 1
 
-    def release(self):
-        """Gives the gate back."""
-        self.give()
 
-    def __enter__(self):
-        self.acquire()
+cdef class Holder:
+    """Takes a gate or a lock and gives it back, each once: :meth:`give` in a ``finally`` gives back what was taken,
+    wherever in between Ctrl-C came. One block of one thread."""
 
-    def __exit__(self, *exc):
-        self.give()
+    cdef object lock
+    cdef readonly bint held
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    def take(self, double seconds=0.0):
+        """True if it is held now; False if it was not to be had in so many seconds (a lock's are 0)."""
+        if not self.held:
+            if type(self.lock) is Gate:
+                self.held = (<Gate>self.lock).take() or (seconds > 0.0 and (<Gate>self.lock).wait(seconds))
+            else:
+                self.held = self.lock.acquire(False)
+        return self.held
+
+    def give(self):
+        """Gives it back if it is held."""
+        if self.held:
+            self.held = False
+            if type(self.lock) is Gate:
+                (<Gate>self.lock).give()
+            else:
+                self.lock.release()
 
 
 include "_reservation.pxi"
@@ -211,8 +235,7 @@ cdef class Port:
         if not self.send_gate.take():
             self.check_not_reserved()
             now = c.tsqp_now_ns()
-            left = 1e6 if deadline - now > <uint64_t>1e15 else (deadline - now) / 1e9
-            if now >= deadline or not self.send_gate.acquire(timeout=left):
+            if now >= deadline or not self.send_gate.wait((deadline - now) / 1e9):
                 raise e.WaitTimeoutError("another thread is sending; wait for it")
         if self._closed:
             self.send_gate.give()

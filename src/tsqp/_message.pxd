@@ -48,6 +48,7 @@ cdef class Encoder(Scratch):
     cdef tsqp_message out
     cdef Source sources[64]
     cdef list packed
+    cdef readonly uint64_t tiles_due  # bytes of a message in tiles that the receiver waits for
     cdef public bint timed
     cdef uint64_t written_ns  # if timed: when all of the last message was in its slot, before that was said
     cdef uint64_t begin(self, tensors, bytes meta, object wire) except 0

@@ -114,13 +114,6 @@ cdef uint64_t _decoded_bytes(c.tsqp_message *message) noexcept:
     return total
 
 
-def give_up(Ring ring, uint64_t deadline_ns):
-    """Tells the receiver that the tiled message under way will not be finished."""
-    cdef c.tsqp_slot slot
-    ring.acquire(&slot, deadline_ns)
-    check(c.tsqp_ring_publish(ring.ptr, &slot, 0))
-
-
 cdef class Announcement:
     """An acquired slot that will say: the next message comes over ZeroMQ. Publish it, or cancel it."""
 
@@ -144,3 +137,7 @@ cdef class Announcement:
         if self.open:
             self.open = False
             check(c.tsqp_ring_cancel(self.ring.ptr, &self.slot))
+
+    def __dealloc__(self):
+        if self.open and self.ring is not None:  # lost by an interrupted caller
+            c.tsqp_ring_cancel(self.ring.ptr, &self.slot)

@@ -27,6 +27,8 @@ cdef class Reservation:
     cdef int _open(self) except -1:
         cdef uint64_t total
         cdef c.tsqp_message_header *header = &self.codec.out.header
+        if self.port.flush_due:
+            self.port._clear_way(self.deadline)  # the rest of what was given away is written from the encoder's plan
         (header.tag, header.flags, header.request_id, header.status, header.site, header.index, header.compute_ns,
          header.queue_ns) = self.fields
         total = self.codec.begin_specs(self.specs, self.meta)

@@ -176,9 +176,9 @@ cdef class Ring:
                 rc = c.tsqp_wait(c.tsqp_ring_waiter(self.ptr), watch, 1, left)
             else:
                 rc = c.tsqp_wait_answer(c.tsqp_ring_waiter(self.ptr), watch, forecast, left)
+        PyErr_CheckSignals()  # in every case: once it is taken, what came would be lost with the exception
         if rc == c.TSQP_OK:
             return 0
-        PyErr_CheckSignals()
         if self.closed:
             check(c.TSQP_CLOSED, "the ring")
         self.segment.usable()

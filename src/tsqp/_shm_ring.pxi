@@ -31,6 +31,7 @@ cdef class _Acquired:
     cdef object timeout
     cdef object nbytes
     cdef object view
+    cdef uint64_t filled
     cdef c.tsqp_slot slot
 
     def __enter__(self):
@@ -50,13 +51,13 @@ cdef class _Acquired:
         exported.data = self.slot.data
         exported.nbytes = <Py_ssize_t>(self.slot.nbytes if self.nbytes is None else self.nbytes)
         exported.readonly = not self.ring.is_producer
+        self.filled = <uint64_t>exported.nbytes
         self.view = memoryview(exported)
         return self.view
 
     def __exit__(self, kind, value, traceback):
-        cdef uint64_t nbytes = len(self.view)
         try:
-            self.view.release()
+            self.view.release()  # or its user has
         except BufferError:
             # Somebody keeps an array over it: it pins the mapping, and its contents are stale from now on.
             self.view = None
@@ -67,7 +68,7 @@ cdef class _Acquired:
         elif kind is not None:
             check(c.tsqp_ring_cancel(self.ring.ptr, &self.slot), "cancel")
         else:
-            check(c.tsqp_ring_publish(self.ring.ptr, &self.slot, nbytes), "publish")
+            check(c.tsqp_ring_publish(self.ring.ptr, &self.slot, self.filled), "publish")
         return False
 
 

@@ -160,7 +160,11 @@ cdef class Encoder(Scratch):
             c.tsqp_ring_cancel(ring.ptr, slot)
             raise e.MessageTooLargeError(f"a message of {total} bytes does not fit a slot of {slot.nbytes} bytes")
         if head > HEAD_ON_STACK_BYTES:
-            scratch = self._scratch(head)
+            try:
+                scratch = self._scratch(head)
+            except BaseException:
+                c.tsqp_ring_cancel(ring.ptr, slot)
+                raise
         c.tsqp_message_write_head(&self.out, <char *>meta, scratch)
         if total >= NOGIL_BYTES:
             with nogil:
@@ -191,7 +195,10 @@ cdef class Encoder(Scratch):
 
     def write_tiled_head(self, Ring ring, bytes meta, uint64_t deadline_ns):
         """Writes the head of the planned message; its payload follows by :meth:`write_tile`. False: it has no room
-        in a slot."""
+        in a slot.
+
+        How far a message got is noted here, together with the publishing: whoever calls this may be interrupted.
+        """
         cdef c.tsqp_slot slot
         cdef uint64_t head = c.tsqp_message_head_bytes(&self.out.header)
         cdef uint8_t *scratch = self._scratch(head)
@@ -202,15 +209,25 @@ cdef class Encoder(Scratch):
         ring.acquire(&slot, deadline_ns)
         c.tsqp_copy_to_shared(slot.data, scratch, head)
         check(c.tsqp_ring_publish(ring.ptr, &slot, head))
+        self.tiles_due = self.out.header.total_bytes - head
         return True
 
-    def write_tile(self, Ring ring, uint64_t start, uint64_t nbytes, uint64_t deadline_ns):
-        """Writes bytes [start, start + nbytes) of the planned message's payload; multiples of 64."""
+    def write_tile(self, Ring ring, uint64_t most, uint64_t deadline_ns):
+        """Writes the next bytes of the planned message's payload, `most` of them, a multiple of 64, or the rest."""
         cdef c.tsqp_slot slot
+        cdef uint64_t nbytes = most if most < self.tiles_due else self.tiles_due
         ring.acquire(&slot, deadline_ns)
         with nogil:
-            self._fill_tile(slot.data, c.tsqp_message_head_bytes(&self.out.header) + start, nbytes)
+            self._fill_tile(slot.data, self.out.header.total_bytes - self.tiles_due, nbytes)
         check(c.tsqp_ring_publish(ring.ptr, &slot, nbytes))
+        self.tiles_due -= nbytes
+
+    def give_up(self, Ring ring, uint64_t deadline_ns):
+        """Tells the receiver that the tiled message under way will not be finished."""
+        cdef c.tsqp_slot slot
+        ring.acquire(&slot, deadline_ns)
+        check(c.tsqp_ring_publish(ring.ptr, &slot, 0))
+        self.tiles_due = 0
 
     cdef void _fill_tile(self, uint8_t *slot, uint64_t start, uint64_t nbytes) noexcept nogil:
         cdef c.tsqp_tensor_desc *desc

@@ -56,12 +56,15 @@ class Helper:
         self._channel = weakref.ref(channel)  # an idle thread must not keep it open
         self._bell = Doorbell(_SPIN_US, futex, wait)
         self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
+        self._stopped = False
         threading.Thread(target=self._run, name="tsqp-asyncio", daemon=True).start()
 
     async def wait(self, seconds: float) -> None:
         """Returns when there may be something to receive; raises TimeoutError."""
         one = _Wait()
         self._waits.put(one)
+        if self._stopped:  # it may have looked for the last time
+            one.tell()
         self._bell.ring()
         try:
             # Not wait_for: before Python 3.12 it forgets a cancellation that comes together with the result.
@@ -77,7 +80,8 @@ class Helper:
         self._bell.ring()
 
     def stop(self) -> None:
-        """Ends the thread; whoever waits looks again."""
+        """Ends the thread; whoever waits, or begins to, looks again."""
+        self._stopped = True
         self._waits.put(None)
         self._bell.ring()
 
@@ -86,11 +90,14 @@ class Helper:
         while True:
             while not waiting or not self._waits.empty():
                 one = self._waits.get()
-                if one is None:
+                if one is not None:
+                    waiting.append(one)
+                elif self._waits.empty():
                     for other in waiting:
                         other.tell()
                     return
-                waiting.append(one)
+                else:
+                    self._waits.put(None)  # after those that came with the end
             if self._settled():
                 for one in waiting:
                     one.tell()
@@ -100,13 +107,13 @@ class Helper:
     def _settled(self) -> bool:
         """Waits a slice of time; True if a coroutine should look."""
         channel = self._channel()
-        if channel is None or channel.closed or channel.poll():
-            return True
-        ring = channel.wait_ring
-        if ring is not None:
-            self._bell.wait([ring], _SLICE_S)
-            return False
         try:
+            if channel is None or channel.closed or channel.poll():
+                return True
+            ring = channel.wait_ring
+            if ring is not None:
+                self._bell.wait([ring], _SLICE_S)
+                return False
             return channel.wait_link(time.monotonic() + _LINK_SLICE_S)
         except TsqpError:
             return True  # the coroutine's own look raises it

@@ -10,12 +10,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import aio
-from ._channel import Port
-from ._message import Lease, Message
+from ._channel import Holder, Port
+from ._message import Lease, Message, deadline_ns
 from ._ring import Doorbell, Ring, Segment
 from .choosing import RING, TILE, Chooser, Cost, cost_of
 from .errors import ClosedError, PeerDiedError, WaitTimeoutError
@@ -74,7 +75,7 @@ class Channel(Port):
         self._link, self._segment, self._bell = link, segment, Doorbell(spin_us, futex, wait)
         self._bell_options = (futex, wait)
         self._helper: aio.Helper | None = None
-        self._helper_lock = threading.Lock()
+        self._helper_lock = threading.RLock()  # a signal handler may close the channel
         # They reach back through a weak reference: a cycle would keep a closed channel's segment mapped until the
         # garbage collector comes. The channel lives while it sends.
         me = weakref.proxy(self)
@@ -97,23 +98,32 @@ class Channel(Port):
         wire: Any,
     ) -> int:
         self.check_not_reserved()
-        with self.send_gate:
-            if self._closed:
-                raise ClosedError(f"the channel to {self.peer} is closed; connect again")
+        deadline = deadline_ns(timeout)
+        with self._turn_to_send(deadline):
             if self._round_trips is None:
-                return self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+                return self._sender.send(tensors, meta, fields, deadline, transfer, wire)
             begin_ns, self._sender.waited_ns = time.monotonic_ns(), 0
-            nbytes = self._sender.send(tensors, meta, fields, timeout, transfer, wire)
+            nbytes = self._sender.send(tensors, meta, fields, deadline, transfer, wire)
             waited_ns, way = self._sender.waited_ns, self._sender.way
             self._round_trips.note_sent(fields[_REQUEST_ID], begin_ns, waited_ns, nbytes, way)
             return nbytes
 
     def _send_rest(self, deadline: int) -> None:
         """Writes what is left of a large message that was given away. Raises like a send."""
-        with self.send_gate:
+        with self._turn_to_send(deadline):
+            self._sender.finish(deadline)
+
+    @contextmanager
+    def _turn_to_send(self, deadline: int) -> Iterator[None]:
+        turn = Holder(self.send_gate)
+        try:
+            if not turn.take(max(0.0, seconds_until(deadline))):
+                raise WaitTimeoutError(f"another thread is sending to {self.peer}; wait for it")
             if self._closed:
                 raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-            self._sender.flush(deadline)
+            yield
+        finally:
+            turn.give()
 
     def start_learning(self, measured: dict[str, Cost]) -> None:
         """Takes what carriers cost here; the ring is measured now."""
@@ -134,17 +144,17 @@ class Channel(Port):
         receiver, tx, rx = self._receiver, self._tx, self._rx
         assert tx is not None
         assert rx is not None
+        turn = Holder(self.receive_gate)
         while not tx.ready():
             # Another thread may be reading, and leave at any time: then it is on us.
-            reads = receiver.ahead_bytes < MAX_READ_AHEAD_BYTES and self.receive_gate.acquire(blocking=False)
-            if reads:
-                try:
-                    while receiver.read_ahead():
-                        pass
-                except (ClosedError, PeerDiedError):
-                    return  # the wait for the slot will say so
-                finally:
-                    self.receive_gate.release()
+            try:
+                reads = receiver.ahead_bytes < MAX_READ_AHEAD_BYTES and turn.take()
+                while reads and receiver.read_ahead():
+                    pass
+            except (ClosedError, PeerDiedError):
+                return  # the wait for the slot will say so
+            finally:
+                turn.give()
             left = seconds_until(deadline)
             if left <= 0 or self._closed or self._link.dead():
                 return
@@ -158,25 +168,28 @@ class Channel(Port):
         self._receiver.begin(note)
 
     def _recv_slow(self, deadline: int) -> Message:
-        self._begin_receive(deadline)
+        turn = Holder(self.receive_gate)
         try:
+            self._begin_receive(turn, deadline)
             return self._receiver.receive(deadline)
         finally:
-            self.receive_gate.release()
+            turn.give()
 
     def _lease_slow(self, deadline: int) -> Lease | HeldMessage:
-        self._begin_receive(deadline)
+        turn = Holder(self.receive_gate)
         try:
+            self._begin_receive(turn, deadline)
             return self._receiver.lease(deadline)
         finally:
-            self.receive_gate.release()
+            turn.give()
 
     def _take_slow(self, lease: bool) -> Lease | HeldMessage | None:
-        self._begin_receive(NOW_NS)
+        turn = Holder(self.receive_gate)
         try:
+            self._begin_receive(turn, NOW_NS)
             return self._receiver.take(lease)
         finally:
-            self.receive_gate.release()
+            turn.give()
 
     def _poll_slow(self) -> bool:
         if self.flush_due and self._tx is not None:
@@ -195,6 +208,8 @@ class Channel(Port):
     def helper(self) -> aio.Helper:
         """The thread that waits for asyncio."""
         with self._helper_lock:  # loops of several threads may ask
+            if self._closed:
+                raise ClosedError(f"the channel to {self.peer} is closed; connect again")
             if self._helper is None:
                 self._helper = aio.Helper(self, *self._bell_options)
             return self._helper
@@ -208,19 +223,20 @@ class Channel(Port):
         """The ring whose next change makes :meth:`poll` true; None while ZeroMQ is what it waits for."""
         return self._tx if self.flush_due else self._receiver.wait_ring
 
-    def _begin_receive(self, deadline: int) -> None:
+    def _begin_receive(self, turn: Holder, deadline: int) -> None:
         """Takes the receive lock where it was not to be had at once, or something has to be done before."""
         if self._closed:
             raise ClosedError(f"the channel to {self.peer} is closed; connect again")
         # The peer may wait for the rest before it says anything; a thread that sends now writes it itself.
-        while self.flush_due and self.send_gate.acquire(blocking=False):
-            try:
+        flushing = Holder(self.send_gate)
+        try:
+            while self.flush_due and flushing.take():
                 if self._sender.flush(NOW_NS) or seconds_until(deadline) <= 0:
                     break
-            finally:
-                self.send_gate.release()
-        left = min(max(0.0, seconds_until(deadline)), threading.TIMEOUT_MAX)
-        if not self.receive_gate.acquire(timeout=left):
+                flushing.give()
+        finally:
+            flushing.give()
+        if not turn.take(max(0.0, seconds_until(deadline))):
             raise WaitTimeoutError(f"another thread is receiving from {self.peer}; wait for it")
 
     # ---- the rest ----
@@ -233,13 +249,12 @@ class Channel(Port):
         if self._tx is None:
             return self._link.can_send()
         if self.flush_due:
-            if not self.send_gate.acquire(blocking=False):
-                return False
+            flushing = Holder(self.send_gate)
             try:
-                if not self._sender.flush(NOW_NS):
+                if not (flushing.take() and self._sender.flush(NOW_NS)):
                     return False
             finally:
-                self.send_gate.release()
+                flushing.give()
         if not (self._tx.ready() if n == 1 else self._tx.free_slots() >= n):
             return False
         return self._link.can_send()
@@ -299,8 +314,9 @@ class Channel(Port):
         for ring in (self._tx, self._rx):
             if ring is not None:
                 ring.close()
-        if self._helper is not None:
-            self._helper.stop()
+        with self._helper_lock:
+            if self._helper is not None:
+                self._helper.stop()
         self._link.close()
         # The rings keep the mapping; leases the user still holds keep it too.
         self._segment = None

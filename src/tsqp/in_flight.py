@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ._channel import Holder
 from ._message import Lease
 from .call_table import CallTable
 from .errors import ClosedError, MessageError, WaitTimeoutError
@@ -63,32 +64,31 @@ class InFlight(CallTable):
     def run(self, call: PendingCall[T], timeout: float | None) -> T:
         """Sends a request and returns its result. Raises :class:`WaitTimeoutError` after ``timeout`` seconds."""
         begin = time.perf_counter_ns()
-        alone = known = False
+        turn = Holder(self._reading)
         try:
-            # acquire and release, here and below: a with statement costs twice as much.
-            self._sending.acquire()
-            try:
-                alone = not self._pending and self._reading.acquire(False)
-                if alone:
+            with self._sending:
+                if not self._pending and turn.take():
                     self._prepare(call)
-                    known = True
                     self._transmit(call, timeout)
                 else:
                     self._submit(call, timeout)
-            finally:
-                self._sending.release()
-            if alone:
+            if turn.held:
                 self._receive_alone(call, timeout, begin)
         except BaseException:
-            if known and call.state == OPEN and call.request_id not in self._lost:
-                self._lose(call, Outcome.UNKNOWN)  # Ctrl-C, between two steps
+            self._lose_interrupted(call)
             raise
         finally:
-            if alone:
-                self._reading.release()
-                if self._waiters or self._writing or self._awaited:
-                    self._relieve()
+            if turn.held:
+                self._end_turn(turn)
         return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
+
+    def _end_turn(self, turn: Holder) -> None:
+        """Leaves the reading to others, who may wait for a reply that is there."""
+        try:
+            turn.give()
+        finally:
+            if self._waiters or self._writing or self._awaited:
+                self._relieve()
 
     def ask(self, call: PendingCall[T]) -> T:
         """:meth:`run` with the client's timeout."""
@@ -186,17 +186,20 @@ class InFlight(CallTable):
 
     def _submit(self, call: PendingCall[Any], timeout: float | None) -> None:
         """Sends a request of which the table knows. Callers hold `_sending`."""
-        self._prepare(call)
-        begin = time.perf_counter_ns()
         if len(self._pending) >= (max(_TAKE_FROM, self.channel.reply_slots) if self._leaving else _TAKE_FROM):
             self.take_ready()
-        nbytes = call.wire_bytes()
-        if not self.has_room(nbytes):
-            self._wait_for_room(call, nbytes, timeout)
-        self._enlist(call, begin, nbytes)
-        self._writing = True
         try:
+            self._prepare(call)
+            begin = time.perf_counter_ns()
+            nbytes = call.wire_bytes()
+            if not self.has_room(nbytes):
+                self._wait_for_room(call, nbytes, timeout)
+            self._enlist(call, begin, nbytes)
+            self._writing = True
             self._transmit(call, timeout)
+        except BaseException:
+            self._lose_interrupted(call)
+            raise
         finally:
             self._writing = False
             if self._awaited:
@@ -217,9 +220,10 @@ class InFlight(CallTable):
         request_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
         nbytes = request_bytes + call.wire_bytes()
         fits = request_bytes + _HEAD_BYTES < self.channel.threshold
-        if not (fits and self._sending.acquire(False)):
-            return False
+        turn = Holder(self._sending)
         try:
+            if not (fits and turn.take()):
+                return False
             if not (self.has_room(nbytes) and self.channel.can_send()):
                 return False
             self._prepare(call)
@@ -240,7 +244,7 @@ class InFlight(CallTable):
                 raise
             return True
         finally:
-            self._sending.release()
+            turn.give()
 
     def has_room(self, nbytes: int = 0) -> bool:
         """Whether another request of ``nbytes`` may be sent without waiting for a reply."""
@@ -259,6 +263,11 @@ class InFlight(CallTable):
                 f"{len(self._pending)} requests of {self._bytes} bytes are in flight and there was no room for another "
                 f"in {timeout} s; wait longer or look at the server"
             )
+
+    def _lose_interrupted(self, call: PendingCall[Any]) -> None:
+        """Ctrl-C may come between two steps of a call that is numbered and may be sent: nobody will ask for it."""
+        if call.request_id and call.state == OPEN and call.request_id not in self._lost:
+            self._lose(call, Outcome.UNKNOWN)
 
     # --- receiving -----------------------------------------------------------------------------------------
 
@@ -301,14 +310,11 @@ class InFlight(CallTable):
         reply to ``in_place`` stays in its slot if it is read here, and `_reading` with this thread."""
         deadline = None if timeout is None else time.monotonic() + timeout
         waiter: Waiter | None = None
+        turn = Holder(self._reading)
         try:
             while not ready():
-                if self._reading.acquire(blocking=False):
-                    try:
-                        return self._read_until(ready, deadline, in_place)
-                    finally:
-                        if in_place is None or in_place.lease is None:
-                            self._reading.release()
+                if turn.take():
+                    return self._read_until(ready, deadline, in_place)
                 if waiter is None:
                     waiter = Waiter(ready)
                     with self._table:
@@ -318,10 +324,14 @@ class InFlight(CallTable):
                     return ready()
             return True
         finally:
-            if waiter is not None:
-                with self._table:
-                    self._waiters.remove(waiter)
-            self._relieve()
+            try:
+                if in_place is None or in_place.lease is None:  # else it goes with the lease
+                    turn.give()
+            finally:
+                if waiter is not None:
+                    with self._table:
+                        self._waiters.remove(waiter)
+                self._relieve()
 
     def _read_until(self, ready: Callable[[], bool], deadline: float | None, in_place: PendingCall[Any] | None) -> bool:
         """Callers hold `_reading`."""
@@ -352,9 +362,10 @@ class InFlight(CallTable):
 
     def take_ready(self) -> bool:
         """Delivers the replies that are there already; False: another thread reads."""
-        if not self._reading.acquire(False):
-            return False
+        turn = Holder(self._reading)
         try:
+            if not turn.take():
+                return False
             while self.channel.poll():
                 self._deliver(self._recv(0.0))
         except WaitTimeoutError:
@@ -362,9 +373,8 @@ class InFlight(CallTable):
         except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
             self._fail_all(error)
         finally:
-            self._reading.release()
-            if self._waiters or self._awaited:
-                self._relieve()
+            if turn.held:
+                self._end_turn(turn)
         return True
 
     def _relieve(self) -> None:
@@ -372,10 +382,11 @@ class InFlight(CallTable):
         can't get rid of its replies, it goes on here until there is room: a sender that found somebody reading
         does not read itself.
         """
+        turn = Holder(self._reading)
         while self._writing and not (self._waiters or self._awaited) and not self.channel.can_send():
-            if not self._reading.acquire(blocking=False):
-                return
             try:
+                if not turn.take():
+                    return
                 self._deliver(self._recv(_RELIEF_S))
             except WaitTimeoutError:
                 pass
@@ -383,7 +394,7 @@ class InFlight(CallTable):
                 self._fail_all(error)
                 return
             finally:
-                self._reading.release()
+                turn.give()
         if self._waiters or self._awaited:
             with self._table:
                 if self._reading.locked():

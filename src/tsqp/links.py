@@ -115,6 +115,7 @@ class ClientLink:
         self._inbox: deque[LargeMessage] = deque()
         self._inbox_bytes = 0
         self._closed = False
+        self._cut = False
         self._waiting = 0
         self._nobody_waits = threading.Condition(self._lock)
         self._pipe = WakePipe()
@@ -166,12 +167,17 @@ class ClientLink:
         while True:
             with self._lock:
                 self._check_open()
+                if self._cut:
+                    raise ClosedError("the sending of a large message was interrupted, perhaps within; connect again")
                 self._check_peer(self._look())
                 try:
                     self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
                     break
                 except zmq.Again:
                     pass
+                except BaseException:
+                    self._cut = True  # Ctrl-C, perhaps between two frames: the next message would be taken for the rest
+                    raise
             if time.monotonic() >= deadline:
                 raise WaitTimeoutError("the server takes no more large messages; wait longer or look at the server")
             time.sleep(0.001)

@@ -75,7 +75,7 @@ class Listener:
         self._watcher = Watcher(self._bell)
         self._turns = Turns()
         self._interrupted = False
-        self._closed = False
+        self._closed = self._gone = False
         self._pid = os.getpid()
         self._lock = threading.Lock()
         descriptors.require(descriptors.LISTENING, f"listen on {endpoint}")
@@ -159,13 +159,14 @@ class Listener:
 
     def close(self) -> None:
         """Closes all channels, removes the socket and every segment. Idempotent."""
+        if self._gone or os.getpid() != self._pid:
+            return
         with self._lock:
-            if self._closed or os.getpid() != self._pid:
-                return
             self._closed = True
         for channel in [*self._hub.channels, *self._hub.accepted]:
             channel.close()
         self._hub.close()
+        self._gone = True  # last: a close that was interrupted can be called again
 
     def __enter__(self) -> Listener:
         return self

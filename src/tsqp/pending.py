@@ -126,6 +126,7 @@ class PendingCall(Generic[T]):
         self._single, self._cast, self._finish = single, cast, finish
         self.error: BaseException | None = None
         self.state = OPEN
+        self.request_id = 0  # not numbered yet
         #: Holds the slot in which the result lies, where that is still the reply's.
         self.lease: Lease | None = None
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from . import _perf
-from ._message import deadline_ns, give_up
+from ._message import deadline_ns
 from ._ring import Ring
 from .choosing import RING, TILE, ZMQ, Chooser
-from .errors import MessageTooLargeError, WaitTimeoutError
+from .errors import ClosedError, MessageTooLargeError, PeerDiedError, WaitTimeoutError
 from .frames import wait_sent
 from .links import MAX_FRAME_BYTES, Link
 from .receiving import NOW_NS
@@ -44,19 +44,17 @@ class Sender:
         self._tile_bytes = TILE_BYTES if ring is None else min(TILE_BYTES, ring.segment.max_chunk_bytes // 64 * 64)
         self._sequence = 0  # of messages over ZeroMQ
         self._tail: _Tail | None = None
-        self._broken_off = False  # the receiver waits for tiles that will not come
 
     def send(
         self,
         tensors: Sequence[Any],
         meta: bytes,
         fields: Fields,
-        timeout: float | None,
+        deadline: int,
         transfer: bool,
         wire: Any,
     ) -> int:
-        """Sends one message and returns its bytes."""
-        deadline = deadline_ns(timeout)
+        """Sends one message before `deadline` (monotonic ns) and returns its bytes."""
         self.clear(deadline)
         total = self._codec.plan(tensors, meta, *fields, wire)
         carrier = self._carrier(total)
@@ -96,42 +94,50 @@ class Sender:
 
     def _send_tiles(self, ring: Ring, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
         payload = self._codec.as_they_travel(tensors)
+        self._channel.direct_send = False  # first, and undone by the next clear() if no more comes of it
         self._codec.write_tiled_head(ring, meta, deadline)
-        self._tail = _Tail(payload, self._codec.planned_bytes - self._codec.planned_head_bytes)
+        self._tail = _Tail(payload, transfer)
         self._channel.flush_due = transfer
-        self._channel.direct_send = False
-        self._broken_off = True
         # What was given away can follow later; what the caller may change must be gone when this returns.
         self.flush(NOW_NS if transfer else deadline)
 
     def flush(self, deadline: int) -> bool:
         """Writes the tiles that are left: all of them before `deadline`, or with NOW_NS those there is room for.
 
-        Returns True when nothing is left. Raises like a send; the message is then broken off.
+        Returns True when nothing is left. Raises like a send; a message that was not given away is then broken off.
         """
-        ring, tail = self._ring, self._tail
+        ring, tail, codec = self._ring, self._tail, self._codec
         if tail is None or ring is None:
             return True
         waits = deadline != NOW_NS
         patience_s = PATIENCE_S if tail.patient else 0.0
+        keeps = tail.given
         try:
-            while tail.at < tail.nbytes:
+            while codec.tiles_due:
                 if waits and not ring.ready():
                     self._make_room(deadline)
-                nbytes = min(self._tile_bytes, tail.nbytes - tail.at)
-                self._codec.write_tile(ring, tail.at, nbytes, deadline if waits else deadline_ns(patience_s))
-                tail.at += nbytes
-            self._broken_off = False
+                codec.write_tile(ring, self._tile_bytes, deadline if waits else deadline_ns(patience_s))
         except WaitTimeoutError:
             if waits:
                 raise
             tail.patient = False  # or a reader could make this end wait again for each slot it gives back
             return False
+        except (ClosedError, PeerDiedError):
+            keeps = False
+            if waits:
+                raise
+            return True  # what it sent before may still be read
         finally:
-            if waits or not self._broken_off:
+            if not (keeps and codec.tiles_due):
                 self._tail, self._channel.flush_due = None, False
-            self._channel.direct_send = self._tail is None and not self._broken_off
+            self._channel.direct_send = not codec.tiles_due
         return True
+
+    def finish(self, deadline: int) -> None:
+        """Writes all that is left of a message that was given away, or breaks it off."""
+        if self._tail is not None:
+            self._tail.given = False
+            self.flush(deadline)
 
     def _count_ring(self, nbytes: int) -> None:
         self._channel._sent += 1
@@ -140,18 +146,16 @@ class Sender:
     def clear(self, deadline: int) -> None:
         """Makes sure of a free slot, and that the receiver does not wait for the rest of another message."""
         ring = self._ring
-        if ring is None or (not self._broken_off and ring.ready()):
+        if ring is None:
             return
-        if self._tail is not None:
-            self.flush(deadline)
+        self.flush(deadline)
         if not ring.ready():
             self._make_room(deadline)
-        if self._broken_off:
-            give_up(ring, deadline)
-            self._broken_off = False
-            self._channel.direct_send = True
+        if self._codec.tiles_due:
+            self._codec.give_up(ring, deadline)
             if not ring.ready():
                 self._make_room(deadline)
+        self._channel.direct_send = True
 
     def _make_room(self, deadline: int) -> None:
         begin_ns = time.monotonic_ns()
@@ -186,10 +190,10 @@ class Sender:
 
 
 class _Tail:
-    """The payload of a tiled message on its way: how far it got, and what must live until it is through."""
+    """The payload of a tiled message on its way: what must live until it is through, and whether it was given away."""
 
-    def __init__(self, kept: list[Any], nbytes: int) -> None:
-        self.kept, self.nbytes, self.at = kept, nbytes, 0
+    def __init__(self, kept: list[Any], given: bool) -> None:
+        self.kept, self.given = kept, given
         self.patient = True
 
 

@@ -37,7 +37,10 @@ class ServerLink:
         self._inbox: deque[LargeMessage] = deque()
         self._inbox_bytes = 0
         self._last = -1  # the sequence number that came last
-        self._arrived = threading.Condition()
+        # The lock itself is what is entered: a condition's way in runs Python code, and Ctrl-C there would leave it
+        # locked, for the I/O thread too.
+        self._lock = threading.RLock()
+        self._arrived = threading.Condition(self._lock)
         self._unsent: deque[tuple[zmq.MessageTracker, int]] = deque()
         self._counting = threading.Lock()  # one thread may ask for room while another sends
         self._posted = self._posted_and_sent = 0  # bytes; each counted by one thread
@@ -55,7 +58,7 @@ class ServerLink:
         if message[0] <= self._last:
             return f"message {message[0]} came after message {self._last}"
         self._last = message[0]
-        with self._arrived:
+        with self._lock:
             if self._inbox_bytes + nbytes > self._max_inbox_bytes:
                 return f"more than {self._max_inbox_bytes} bytes of unread messages were under way"
             if len(self._inbox) >= self._max_inbox_messages:
@@ -69,7 +72,7 @@ class ServerLink:
 
     def end(self, reason: str | None) -> None:
         """The connection is over: by a goodbye (None) or by death."""
-        with self._arrived:
+        with self._lock:
             if reason is None:
                 self.said_bye = True
             elif self.reason is None and not self.said_bye:
@@ -99,7 +102,7 @@ class ServerLink:
             self._check_peer()
 
     def recv(self, deadline: float) -> LargeMessage | None:
-        with self._arrived:
+        with self._lock:
             if not self.wait(deadline):
                 return None
             message = self._inbox.popleft()
@@ -107,7 +110,7 @@ class ServerLink:
             return message
 
     def wait(self, deadline: float) -> bool:
-        with self._arrived:
+        with self._lock:
             while not self._inbox:
                 self._check_peer()
                 if time.monotonic() >= deadline:
@@ -143,7 +146,7 @@ class ServerLink:
         return max(borrowed, self._posted - self._posted_and_sent) <= self._max_inbox_bytes
 
     def close(self) -> None:
-        with self._arrived:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
