@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import zmq
-from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL, Carrier, pass_on, recv_numbered, send_numbered
+from carriers import CARRIERS, CHUNK, COUNT, LARGE, SMALL, Background, Carrier, pass_on, recv_numbered, send_numbered
 from ends import Ends, ends_over
 from patience import until
 from peers import PATIENCE_S
@@ -18,6 +18,7 @@ from wire_bytes import check_numbered, numbered
 
 from tsqp._message import deadline_ns
 from tsqp.errors import ClosedError, DescriptorsExhaustedError, WaitTimeoutError
+from tsqp.sending import Sender
 from tsqp.transport import Channel
 
 #: More than the buffers of a socket hold.
@@ -205,6 +206,31 @@ def test_ctrl_c_within_a_message_in_tiles(direction, monkeypatch, name, count, t
     if arrives:
         check_numbered(pass_on_rest(sender, receiver), 0, TILES * CHUNK)
     assert_goes_on(sender, receiver, 1)
+
+
+@pytest.mark.parametrize("carrier", ["ring-tiled"], indirect=True)
+@pytest.mark.parametrize("reserved", [None, 100, TILES * CHUNK])
+def test_an_interrupted_send_is_given_up_before_anything_else_is_planned(direction, monkeypatch, reserved):
+    """Ctrl-C before the first tile: the tensors are the caller's again, and the encoder's plan the next message's."""
+    sender, receiver = direction
+    flush = Sender.flush
+
+    def interrupt(self: Sender, deadline: int) -> bool:
+        if self._tail is None:
+            return flush(self, deadline)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sender, "flush", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sender.send([numbered(0, TILES * CHUNK)], request_id=0, timeout=PATIENCE_S)
+    if reserved is not None:
+        receiving = Background()
+        receiving.start(lambda: check_numbered(receiver.recv(PATIENCE_S), 1, reserved))
+        with sender.reserve([numbered(1, reserved)], request_id=1, timeout=PATIENCE_S) as out:
+            out[0].copy_(numbered(1, reserved))
+        receiving.join()
+    assert_goes_on(sender, receiver, 2)
 
 
 def pass_on_rest(sender: Channel, receiver: Channel) -> Any:

@@ -27,7 +27,7 @@ cdef class Reservation:
     cdef int _open(self) except -1:
         cdef uint64_t total
         cdef c.tsqp_message_header *header = &self.codec.out.header
-        if self.port.flush_due:
+        if self.codec.tiles_due:
             self.port._clear_way(self.deadline)  # the rest of what was given away is written from the encoder's plan
         (header.tag, header.flags, header.request_id, header.status, header.site, header.index, header.compute_ns,
          header.queue_ns) = self.fields
@@ -65,9 +65,8 @@ cdef class Reservation:
             self.port._leave_send()
         if kind is None and not self.in_slot:
             # The memory is this block's own: nobody has to wait until libzmq is done with it.
-            self.port._send_slow(self.tensors, self.meta, self.fields, self._left(), True, None)
-            if self.port.flush_due and not self.transfer:
-                self.port._send_rest(self.deadline)
+            self.port._send_slow(self.tensors, self.meta, self.fields, self._left(), True if self.transfer else None,
+                                 None)
         return False
 
     cdef int _publish(self) except -1:

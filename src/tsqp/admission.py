@@ -17,9 +17,9 @@ from . import handshake
 from .connections import Peer, oldest_of_most
 from .rations import Rations
 
-#: A handshake that took longer may have to give way to another one: of others, or of its own peer. An honest one takes
-#: milliseconds, but on a busy machine a client may be kept from its core meanwhile.
-LINGER_S, OWN_LINGER_S = 1.0, 2.0
+#: A handshake that took longer may have to give way to another one: of others, or of its own process or key. An honest
+#: one takes milliseconds, but on a busy machine a client may be kept from its core meanwhile.
+LINGER_S, OWN_LINGER_S = 0.5, 2.0
 #: What making and freeing segments may cost the I/O thread for one peer, in seconds: at once, and per second after
 #: that. A segment of the default size takes 0.1 s: 16 clients of one process are let in as fast as they come.
 BURST_S, SHARE = 2.0, 0.1
@@ -79,7 +79,8 @@ class Admission:
             return None
         counts = Counter(handshake.peer for handshake in under_way)
         unfair = counts[victim.peer] >= counts[peer] + 2
-        lingers_s = OWN_LINGER_S if victim.peer == peer else LINGER_S
+        own = victim.peer == peer and peer[0] != "address"  # which others share
+        lingers_s = OWN_LINGER_S if own else LINGER_S
         return victim if unfair or now - victim.began > lingers_s else None
 
     def spend(self, peer: Peer, seconds: float, now: float) -> None:

@@ -10,8 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import aio
@@ -94,12 +93,17 @@ class Channel(Port):
         meta: bytes,
         fields: Fields,
         timeout: float | None,
-        transfer: bool,
+        transfer: bool | None,
         wire: Any,
     ) -> int:
         self.check_not_reserved()
         deadline = deadline_ns(timeout)
-        with self._turn_to_send(deadline):
+        turn = Holder(self.send_gate)
+        try:
+            if not turn.take(max(0.0, seconds_until(deadline))):
+                raise WaitTimeoutError(f"another thread is sending to {self.peer}; wait for it")
+            if self._closed:
+                raise ClosedError(f"the channel to {self.peer} is closed; connect again")
             if self._round_trips is None:
                 return self._sender.send(tensors, meta, fields, deadline, transfer, wire)
             begin_ns, self._sender.waited_ns = time.monotonic_ns(), 0
@@ -107,21 +111,6 @@ class Channel(Port):
             waited_ns, way = self._sender.waited_ns, self._sender.way
             self._round_trips.note_sent(fields[_REQUEST_ID], begin_ns, waited_ns, nbytes, way)
             return nbytes
-
-    def _send_rest(self, deadline: int) -> None:
-        """Writes what is left of a large message that was given away. Raises like a send."""
-        with self._turn_to_send(deadline):
-            self._sender.finish(deadline)
-
-    @contextmanager
-    def _turn_to_send(self, deadline: int) -> Iterator[None]:
-        turn = Holder(self.send_gate)
-        try:
-            if not turn.take(max(0.0, seconds_until(deadline))):
-                raise WaitTimeoutError(f"another thread is sending to {self.peer}; wait for it")
-            if self._closed:
-                raise ClosedError(f"the channel to {self.peer} is closed; connect again")
-            yield
         finally:
             turn.give()
 

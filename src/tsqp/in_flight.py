@@ -78,17 +78,11 @@ class InFlight(CallTable):
             self._lose_interrupted(call)
             raise
         finally:
-            if turn.held:
-                self._end_turn(turn)
-        return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
-
-    def _end_turn(self, turn: Holder) -> None:
-        """Leaves the reading to others, who may wait for a reply that is there."""
-        try:
-            turn.give()
-        finally:
-            if self._waiters or self._writing or self._awaited:
+            read = turn.held
+            turn.give()  # itself, and not in a method: Ctrl-C comes where one begins
+            if read and (self._waiters or self._writing or self._awaited):
                 self._relieve()
+        return self._finish(call, timeout, begin) if call.state == OPEN else call.conclude()
 
     def ask(self, call: PendingCall[T]) -> T:
         """:meth:`run` with the client's timeout."""
@@ -266,8 +260,9 @@ class InFlight(CallTable):
 
     def _lose_interrupted(self, call: PendingCall[Any]) -> None:
         """Ctrl-C may come between two steps of a call that is numbered and may be sent: nobody will ask for it."""
-        if call.request_id and call.state == OPEN and call.request_id not in self._lost:
-            self._lose(call, Outcome.UNKNOWN)
+        with self._table:  # another thread may be settling it
+            if call.request_id and call.state == OPEN and call.request_id not in self._lost:
+                self._lose(call, Outcome.UNKNOWN)
 
     # --- receiving -----------------------------------------------------------------------------------------
 
@@ -373,8 +368,10 @@ class InFlight(CallTable):
         except Exception as error:  # noqa: BLE001 - whatever it is, a reply may be lost with it
             self._fail_all(error)
         finally:
-            if turn.held:
-                self._end_turn(turn)
+            read = turn.held
+            turn.give()
+            if read and (self._waiters or self._awaited):
+                self._relieve()
         return True
 
     def _relieve(self) -> None:

@@ -51,10 +51,11 @@ class Sender:
         meta: bytes,
         fields: Fields,
         deadline: int,
-        transfer: bool,
+        transfer: bool | None,
         wire: Any,
     ) -> int:
-        """Sends one message before `deadline` (monotonic ns) and returns its bytes."""
+        """Sends one message before `deadline` (monotonic ns) and returns its bytes. `transfer`: the tensors are given
+        away; None: they are nobody else's, but all of a message in tiles is to be written."""
         self.clear(deadline)
         total = self._codec.plan(tensors, meta, *fields, wire)
         carrier = self._carrier(total)
@@ -70,7 +71,7 @@ class Sender:
             self._send_link(tensors, meta, deadline, transfer)
             self.zmq_count += 1
             self.zmq_bytes += total
-        if begin and not transfer:
+        if begin and transfer is False:
             self._learn(carrier, total, time.perf_counter_ns() - begin)
         return total
 
@@ -92,12 +93,14 @@ class Sender:
         self.chooser.note(carrier, nbytes, 2 * spent_ns if carrier == RING else spent_ns)
         self._channel.threshold = self.chooser.threshold
 
-    def _send_tiles(self, ring: Ring, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
+    def _send_tiles(
+        self, ring: Ring, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool | None
+    ) -> None:
         payload = self._codec.as_they_travel(tensors)
         self._channel.direct_send = False  # first, and undone by the next clear() if no more comes of it
         self._codec.write_tiled_head(ring, meta, deadline)
-        self._tail = _Tail(payload, transfer)
-        self._channel.flush_due = transfer
+        self._tail = _Tail(payload, bool(transfer))
+        self._channel.flush_due = bool(transfer)
         # What was given away can follow later; what the caller may change must be gone when this returns.
         self.flush(NOW_NS if transfer else deadline)
 
@@ -133,12 +136,6 @@ class Sender:
             self._channel.direct_send = not codec.tiles_due
         return True
 
-    def finish(self, deadline: int) -> None:
-        """Writes all that is left of a message that was given away, or breaks it off."""
-        if self._tail is not None:
-            self._tail.given = False
-            self.flush(deadline)
-
     def _count_ring(self, nbytes: int) -> None:
         self._channel._sent += 1
         self._channel._sent_bytes += nbytes
@@ -148,6 +145,8 @@ class Sender:
         ring = self._ring
         if ring is None:
             return
+        if self._tail is not None and not self._tail.given:
+            self._tail = None  # of an interrupted send: the tensors are the caller's again
         self.flush(deadline)
         if not ring.ready():
             self._make_room(deadline)
@@ -162,14 +161,14 @@ class Sender:
         self._channel._make_room(deadline)
         self.waited_ns += time.monotonic_ns() - begin_ns
 
-    def _send_link(self, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool) -> None:
+    def _send_link(self, tensors: Sequence[Any], meta: bytes, deadline: int, transfer: bool | None) -> None:
         head = self._codec.head_bytes(meta)
         frames = self._codec.as_they_travel(tensors)
         sequence = self._sequence
         self._sequence += 1
         begin_ns = time.monotonic_ns()
         tracker = self._post(head, frames, sequence, deadline)
-        if not transfer:
+        if transfer is False:
             wait_sent(tracker, deadline / 1e9, self._link.dead)
         self.waited_ns += time.monotonic_ns() - begin_ns
 
